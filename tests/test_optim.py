@@ -1,0 +1,588 @@
+import copy
+import io
+import math
+import pickle
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+from gradclip.norms import total_norm
+from gradclip.optim import ClippedSGD
+from gradclip.rules import RULES
+
+EPS = 2.0**-52
+
+
+def make_parameters(shapes, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in shapes]
+
+
+def set_gradients(parameters, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = scale * torch.randn(p.shape, dtype=p.dtype, generator=generator)
+
+
+def values(parameters):
+    return [p.detach().clone() for p in parameters]
+
+
+def bits(tensors):
+    return [t.detach().numpy().tobytes() for t in tensors]
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def run_step(request):
+    """optimizer.step as Python runs it, and as torch.compile traces it: the path of accelerators, too."""
+
+    def run(optimizer):
+        if request.param == "compiled":
+            torch._dynamo.reset()
+            torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
+        else:
+            optimizer.step()
+
+    return run
+
+
+options = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.01, 0.3, 1.0]),
+        "momentum": st.sampled_from([0.0, 0.5, 0.9]),
+        "weight_decay": st.sampled_from([0.0, 1e-3, 0.1]),
+        "maximize": st.booleans(),
+        "nesterov": st.booleans(),
+    }
+).map(lambda o: {**o, "nesterov": o["nesterov"] and o["momentum"] > 0})
+shapes = st.lists(st.sampled_from([(), (1,), (7,), (3, 5), (130, 2)]), min_size=1, max_size=4)
+
+
+def torch_step(optimizer, parameters, max_norm, offset):
+    """clip_grad_norm_ by its documented formula, with torch's offset or without it, then torch's SGD."""
+    gradients = [p.grad for p in parameters]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    for p in parameters:
+        p.grad = p.grad * torch.clamp(max_norm / (norm + offset), max=1.0)
+    optimizer.step()
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(shapes=shapes, options=options, seed=st.integers(0, 2**31), steps=st.integers(1, 8))
+def test_hard_rule_is_clip_grad_norm_then_sgd_step_for_step(shapes, options, seed, steps):
+    ours, theirs = make_parameters(shapes, seed), make_parameters(shapes, seed)
+    optimizer, reference = ClippedSGD(ours, max_norm=2.0, **options), torch.optim.SGD(theirs, **options)
+    for step in range(steps):
+        for parameters in (ours, theirs):
+            set_gradients(
+                parameters, seed + step, scale=10.0 ** (step % 3 - 1)
+            )  # below and above the threshold
+        optimizer.step()
+        torch_step(reference, theirs, 2.0, offset=0.0)
+        # Both round about ten times a step, and sums of up to 1000 squares add 250 units to the factor.
+        # Clipped gradients are at most 2 long, momentum 0.9 adds at most 10 of them, lr is at most 1 and
+        # nesterov at most doubles: errors of (260 * 2 * 10 * 2 + 10 * size of x) units a step, which weight
+        # decay grows by at most (1 + lr * decay)^8 < 2.2.
+        size = max(1.0, *(p.detach().abs().max().item() for p in theirs))
+        tolerance = 2.2 * (step + 1) * (10_400 + 10 * size) * EPS
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_differs_from_torch_itself_by_its_offset_only(scale):
+    ours, theirs = make_parameters([(7,), (3, 5)]), make_parameters([(7,), (3, 5)])
+    optimizer, reference = ClippedSGD(ours, lr=0.5, max_norm=1.0), torch.optim.SGD(theirs, lr=0.5)
+    for step in range(5):
+        for parameters in (ours, theirs):
+            set_gradients(parameters, step, scale)
+        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+    # c/(g + 1e-6) is smaller than c/g by less than 1e-6/c of itself where it clips, so that each of five
+    # steps of length at most lr * c = 0.5 differs by at most 0.5e-6.
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=5 * 0.5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.9}, {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.9, "maximize": True}],
+)
+def test_below_the_threshold_it_is_sgd_bit_for_bit(dtype, options):
+    ours, theirs = (make_parameters([(7,), (3, 50)], dtype=dtype) for _ in range(2))
+    optimizer = ClippedSGD(ours, lr=0.1, max_norm=1e3, **options)
+    reference = torch.optim.SGD(theirs, lr=0.1, **options)
+    for step in range(5):
+        for parameters in (ours, theirs):
+            set_gradients(parameters, step)
+        optimizer.step()
+        reference.step()
+        if not options.get("weight_decay"):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        # The decay is added to the gradient in the other order: one rounding of numbers of size 5 a step.
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=(step + 1) * 5 * torch.finfo(dtype).eps)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    shapes=shapes,
+    rule=st.sampled_from(RULES),
+    scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e3, 1e30]),
+    lr=st.sampled_from([0.01, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_step_is_along_the_gradient_and_of_the_length_of_the_rule(shapes, rule, scale, lr, seed):
+    parameters = [torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    set_gradients(parameters, seed, scale)
+    optimizer = ClippedSGD(parameters, lr, max_norm=0.5, rule=rule)
+    optimizer.step()
+    length, g = total_norm(parameters).item(), total_norm([p.grad for p in parameters]).item()
+    # The length that the four formulas give, written as lengths instead of factors.
+    if g == 0:
+        assert length == 0
+    else:
+        expected = {
+            "hard": min(g, 0.5),
+            "soft": 0.5 * g / (0.5 + g),
+            "normalize": 0.5,
+            "log": 0.5 * math.log1p(g / (0.5 + g)),
+        }[rule]
+        # Two norms with up to 300 roundings each, and about ten more.
+        assert length == pytest.approx(lr * expected, rel=610 * EPS)
+        assert length <= lr * 0.5 * (1 + 610 * EPS)
+    for p in parameters:
+        torch.testing.assert_close(p.detach(), -lr * optimizer.last_factor * p.grad, rtol=4 * EPS, atol=0.0)
+    assert optimizer.last_norm.item() == g
+
+
+def test_gradients_are_not_written_to():
+    parameters = make_parameters([(5,), (200,)])
+    set_gradients(parameters, 1, scale=100.0)
+    before = bits(p.grad for p in parameters)
+    optimizer = ClippedSGD(
+        parameters, 0.1, max_norm=1.0, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True
+    )
+    optimizer.step()
+    optimizer.step()
+    assert bits(p.grad for p in parameters) == before
+
+
+def test_norm_is_over_all_groups_and_options_are_per_group():
+    a, b = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    a.grad, b.grad = torch.full_like(a, 3.0), torch.full_like(b, 4.0)
+    groups = [{"params": [a], "lr": 0.1}, {"params": [b], "maximize": True}]
+    optimizer = ClippedSGD(groups, lr=1.0, max_norm=1.0)
+    optimizer.step()
+    assert optimizer.last_norm.item() == 5.0
+    assert a.item() == pytest.approx(-0.1 * 3 / 5, rel=8 * EPS)
+    assert b.item() == pytest.approx(1.0 * 4 / 5, rel=8 * EPS)
+
+
+def test_shared_options_must_agree():
+    a, b = make_parameters([(1,), (1,)])
+    message = r"max_norm must be the same in all parameter groups, .* got \[1\.0, 2\.0\]"
+    with pytest.raises(ValueError, match=message):
+        ClippedSGD([{"params": [a]}, {"params": [b], "max_norm": 2.0}], lr=1.0, max_norm=1.0)
+    optimizer = ClippedSGD([{"params": [a]}, {"params": [b]}], lr=1.0, max_norm=1.0)
+    optimizer.param_groups[1]["max_norm"] = 2.0
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    optimizer.param_groups[0]["max_norm"] = 2.0
+    set_gradients([a, b], 0, scale=100.0)
+    optimizer.step()
+    assert (optimizer.last_norm * optimizer.last_factor).item() == pytest.approx(2.0, rel=8 * EPS)
+
+
+def test_rejected_group_is_not_added():
+    a, b = make_parameters([(1,), (1,)])
+    optimizer = ClippedSGD([a], lr=1.0, max_norm=1.0)
+    with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
+        optimizer.add_param_group({"params": [b], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [b], "lr": 2.0})
+    assert optimizer.param_groups[1]["lr"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, r"lr must be finite and at least 0, got -0\.1"),
+        ({"lr": math.nan}, "lr must be finite and at least 0, got nan"),
+        ({"max_norm": 0.0}, r"max_norm must be positive, got 0\.0"),
+        ({"momentum": -0.5}, r"momentum must be finite and at least 0, got -0\.5"),
+        ({"weight_decay": -1.0}, r"weight_decay must be finite and at least 0, got -1\.0"),
+        ({"nesterov": True}, r"nesterov needs a positive momentum, got momentum=0\.0"),
+        ({"rule": "firm"}, "rule must be one of 'hard', 'soft', 'normalize', 'log', got 'firm'"),
+        (
+            {"rule": "normalize", "max_norm": math.inf},
+            "max_norm must be finite for rule='normalize', got inf",
+        ),
+        ({"scope": "unit"}, "scope must be one of 'global', got 'unit'"),
+        ({"nonfinite": "ignore"}, "nonfinite must be one of 'propagate', 'skip', 'raise', got 'ignore'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ClippedSGD(make_parameters([(1,)]), **{"lr": 0.1, "max_norm": 1.0, **options})
+
+
+def test_parameters_without_gradients_are_left_alone():
+    a, b = make_parameters([(3,), (3,)])
+    set_gradients([a], 0)
+    before = values([a, b])
+    optimizer = ClippedSGD([a, b], lr=0.1, max_norm=1.0, momentum=0.9, weight_decay=0.1)
+    optimizer.step()
+    assert torch.equal(b, before[1])
+    assert not torch.equal(a, before[0])
+    assert b not in optimizer.state
+    a.grad = None
+    before = values([a, b])
+    optimizer.step()
+    assert all(torch.equal(p, v) for p, v in zip([a, b], before, strict=True))
+    assert optimizer.last_norm.item() == 0.0
+
+
+def test_measurements_before_and_after_a_step():
+    parameters = make_parameters([(2,)], dtype=torch.float32)
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=1.0)
+    assert math.isnan(optimizer.last_norm.item())
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    kept = optimizer.last_norm
+    assert (kept.shape, kept.dtype, kept.device) == ((), torch.float32, parameters[0].device)
+    parameters[0].grad = torch.tensor([0.3, 0.4])
+    optimizer.step()
+    assert kept.item() == 5.0
+    assert optimizer.last_norm.item() == pytest.approx(0.5, rel=1e-6)
+    assert optimizer.last_factor.item() == 1.0
+
+
+def quadratic_closure(optimizer, parameters):
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in parameters)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_closure_is_called_with_gradients_enabled_and_its_loss_returned():
+    parameters = make_parameters([(4,)])
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=100.0)
+    expected = parameters[0].square().sum().item()
+    before = values(parameters)
+    with torch.no_grad():
+        loss = optimizer.step(quadratic_closure(optimizer, parameters))
+    assert loss.item() == expected
+    torch.testing.assert_close(parameters[0].detach(), 0.8 * before[0], rtol=4 * EPS, atol=0.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_state_dict_round_trip_is_bit_for_bit(nonfinite):
+    options = {"lr": 0.3, "max_norm": 0.7, "momentum": 0.9, "weight_decay": 0.01, "nonfinite": nonfinite}
+    first, second = make_parameters([(7,), (3, 5)]), make_parameters([(7,), (3, 5)], seed=9)
+    optimizer, resumed = ClippedSGD(first, **options), ClippedSGD(second, lr=1.0, max_norm=1.0)
+    for step in range(6):
+        set_gradients(first, step)
+        if nonfinite == "skip" and step == 1:
+            first[0].grad[0] = math.nan
+        if step == 3:
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            resumed.load_state_dict(torch.load(file, weights_only=True))
+            with torch.no_grad():
+                for a, b in zip(first, second, strict=True):
+                    b.copy_(a)
+        optimizer.step()
+        if step >= 3:
+            set_gradients(second, step)
+            resumed.step()
+            assert bits(first) == bits(second)
+    assert resumed.skipped_steps.item() == optimizer.skipped_steps.item() == (nonfinite == "skip")
+    assert bits(s["momentum_buffer"] for s in optimizer.state.values()) == bits(
+        s["momentum_buffer"] for s in resumed.state.values()
+    )
+
+
+def test_skipped_steps_are_not_shared_with_saved_and_loaded_states(run_step):
+    a, b = make_parameters([(2,)]), make_parameters([(2,)])
+    optimizer = ClippedSGD(a, lr=0.1, max_norm=1.0, nonfinite="skip")
+    saved = optimizer.state_dict()
+    a[0].grad = torch.full_like(a[0], math.inf)
+    run_step(optimizer)
+    assert saved["skipped_steps"].item() == 0
+    saved = optimizer.state_dict()
+    other = ClippedSGD(b, lr=0.1, max_norm=1.0)
+    other.load_state_dict(saved)
+    b[0].grad = torch.full_like(b[0], math.inf)
+    run_step(other)
+    assert (saved["skipped_steps"].item(), other.skipped_steps.item()) == (1, 2)
+    assert optimizer.skipped_steps.item() == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_and_pickles(duplicate):
+    parameters = make_parameters([(3,)])
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=1.0, momentum=0.9, nonfinite="skip")
+    parameters[0].grad = torch.full_like(parameters[0], math.nan)
+    optimizer.step()
+    set_gradients(parameters, 0)
+    optimizer.step()
+    twin = duplicate(optimizer)
+    assert twin.last_norm.item() == optimizer.last_norm.item()
+    assert twin.skipped_steps.item() == 1
+    twin_parameters = twin.param_groups[0]["params"]
+    set_gradients(parameters, 1)
+    set_gradients(twin_parameters, 1)
+    optimizer.step()
+    twin.step()
+    assert bits(parameters) == bits(twin_parameters)
+
+
+def test_learning_rate_schedule():
+    parameters = [torch.zeros(1, dtype=torch.float64, requires_grad=True)]
+    optimizer = ClippedSGD(parameters, lr=1.0, max_norm=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for _ in range(3):
+        parameters[0].grad = torch.full_like(parameters[0], -7.0)
+        optimizer.step()
+        scheduler.step()
+    assert parameters[0].item() == 1 + 0.5 + 0.25  # steps of length lr * max_norm, exact in binary
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}])
+def test_tensor_learning_rate(options):
+    ours, theirs = make_parameters([(5,)]), make_parameters([(5,)])
+    lr = torch.tensor(0.25, dtype=torch.float64)
+    tensor, number = (
+        ClippedSGD(ours, lr, max_norm=1.0, **options),
+        ClippedSGD(theirs, 0.25, max_norm=1.0, **options),
+    )
+    for step in range(3):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        tensor.step()
+        number.step()
+    assert bits(ours) == bits(theirs)
+
+
+def test_grad_scaler_unscales_before_clipping_and_skips_infinities():
+    parameters = [torch.tensor([3.0, 4.0], requires_grad=True)]
+    optimizer = ClippedSGD(parameters, lr=1.0, max_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(0.5 * parameters[0].square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.last_norm.item() == 5.0
+    torch.testing.assert_close(parameters[0].detach(), torch.tensor([2.4, 3.2]))
+
+    before = values(parameters)
+    optimizer.zero_grad()
+    scaler.scale((parameters[0] * math.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameters[0], before[0])
+    assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_accuracy_of_the_factor(dtype):
+    parameters = [torch.zeros(1000, dtype=dtype, requires_grad=True)]
+    set_gradients(parameters, 0)
+    ClippedSGD(parameters, lr=1.0, max_norm=1.0).step()
+    # Each element is rounded by up to eps/2 with either sign: over 1000 elements the errors of the norm
+    # cancel to about eps/2/sqrt(1000). A factor rounded to half precision would be off by up to eps/2 itself.
+    length = total_norm([parameters[0].double()]).item()
+    assert length == pytest.approx(1.0, rel=4 * torch.finfo(dtype).eps / 2 / math.sqrt(1000))
+
+
+def test_mixed_dtypes_step_together():
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.float64)
+    optimizer = ClippedSGD([a, b], lr=1.0, max_norm=1.0, momentum=0.5)
+    optimizer.step()
+    assert optimizer.last_norm.dtype == torch.float64
+    assert (a.item(), b.item()) == (pytest.approx(-0.6, rel=1e-7), pytest.approx(-0.8, rel=4 * EPS))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("rule", ["hard", "normalize"])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}]
+)
+def test_skip_leaves_parameters_and_momentum_bit_for_bit(run_step, bad, rule, options):
+    parameters = make_parameters([(5,), (3, 4)])
+    with torch.no_grad():
+        parameters[0][0] = -0.0  # adding zero would turn it into +0.0
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=1.0, rule=rule, nonfinite="skip", **options)
+    parameters[1].grad = torch.zeros_like(parameters[1])
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    parameters[0].grad[1] = 5.0
+    optimizer.step()
+    parameters[1].grad[2, 1] = bad
+    before = bits(parameters), bits(s["momentum_buffer"] for s in optimizer.state.values())
+    run_step(optimizer)
+    assert (bits(parameters), bits(s["momentum_buffer"] for s in optimizer.state.values())) == before
+    assert optimizer.skipped_steps.item() == 1
+    assert optimizer.last_factor.item() == 0.0
+    assert not optimizer.last_norm.isfinite().item()
+
+    parameters[1].grad.zero_()
+    run_step(optimizer)
+    assert bits(parameters) != before[0]
+    assert (optimizer.skipped_steps.item(), optimizer.last_norm.item()) == (1, 5.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}])
+def test_compiled_step_is_the_eager_step(options):
+    eager, compiled = make_parameters([(5,), (30, 40)]), make_parameters([(5,), (30, 40)])
+    first = ClippedSGD(eager, lr=0.1, max_norm=1.0, **options)
+    second = ClippedSGD(compiled, lr=0.1, max_norm=1.0, **options)
+    torch._dynamo.reset()
+    step = torch.compile(lambda: second.step(), backend="aot_eager", fullgraph=True)
+    kept = []
+    for i in range(3):
+        set_gradients(eager, i)
+        set_gradients(compiled, i)
+        first.step()
+        step()
+        # The norm of 1205 elements is summed in another order: at most 1205 units, on steps of 0.1 * 20.
+        for a, b in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=(i + 1) * 2 * 1205 * EPS)
+        assert second.last_norm.item() == pytest.approx(first.last_norm.item(), rel=1205 * EPS)
+        assert second.last_factor.item() == pytest.approx(first.last_factor.item(), rel=1205 * EPS)
+        kept.append(second.last_norm)
+    assert len({norm.item() for norm in kept}) == 3  # each is a tensor of its own
+
+
+def test_propagate_does_as_torch_does():
+    for bad in (math.inf, math.nan):
+        ours, theirs = make_parameters([(2,), (3,)]), make_parameters([(2,), (3,)])
+        for parameters in (ours, theirs):
+            set_gradients(parameters, 0)
+            parameters[0].grad[0] = bad
+        ClippedSGD(ours, lr=0.1, max_norm=1.0).step()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.optim.SGD(theirs, lr=0.1).step()
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a.detach().numpy(), b.detach().numpy())
+
+
+@pytest.mark.parametrize(("named", "label"), [(False, "parameter 1"), (True, r"parameter 1 \(bias\)")])
+def test_raise_names_the_parameter_and_changes_nothing(named, label):
+    model = nn.Linear(2, 3)
+    optimizer = ClippedSGD(
+        model.named_parameters() if named else model.parameters(),
+        lr=0.1,
+        max_norm=1.0,
+        momentum=0.9,
+        nonfinite="raise",
+    )
+    parameters = list(model.parameters())
+    set_gradients(parameters, 0)
+    optimizer.step()
+    parameters[1].grad[2] = -math.inf
+    before = bits(parameters), bits(s["momentum_buffer"] for s in optimizer.state.values())
+    with pytest.raises(RuntimeError, match=rf"the gradient of {label} is -inf at index \(2,\)"):
+        optimizer.step()
+    assert (bits(parameters), bits(s["momentum_buffer"] for s in optimizer.state.values())) == before
+
+
+def test_sparse_and_complex_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer = ClippedSGD(embedding.named_parameters(), lr=0.1, max_norm=1.0)
+    with pytest.raises(TypeError, match=r"the gradient of parameter 0 \(weight\) must be dense, got layout"):
+        optimizer.step()
+    phase = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    phase.abs().sum().backward()
+    with pytest.raises(
+        TypeError, match=r"parameter 0 must be real and floating-point, got dtype torch\.complex64"
+    ):
+        ClippedSGD([phase], lr=0.1, max_norm=1.0).step()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    L0=st.floats(1e-3, 1e3),
+    L1=st.floats(1e-3, 1e3),
+    gradient=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5).filter(any),
+)
+def test_from_smoothness_takes_the_step_of_the_theory(L0, L1, gradient):
+    x = torch.zeros(len(gradient), dtype=torch.float64, requires_grad=True)
+    x.grad = torch.tensor(gradient, dtype=torch.float64)
+    ClippedSGD.from_smoothness([x], L0, L1).step()
+    norm = math.hypot(*gradient)
+    # About a dozen roundings, two of them in the norm of five elements.
+    for got, g in zip(x.tolist(), gradient, strict=True):
+        assert got == pytest.approx(-g / (L0 + L1 * norm), rel=16 * EPS, abs=0)
+
+
+def test_from_smoothness_passes_options_on():
+    optimizer = ClippedSGD.from_smoothness(make_parameters([(1,)]), 4.0, 2.0, rule="log", momentum=0.5)
+    defaults = optimizer.defaults
+    assert (defaults["lr"], defaults["max_norm"], defaults["rule"], defaults["momentum"]) == (
+        0.25,
+        2.0,
+        "log",
+        0.5,
+    )
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_from_smoothness_explains_the_limits(bad):
+    parameters = make_parameters([(1,)])
+    with pytest.raises(ValueError, match=rf"L0 must be positive and finite, got {bad}.*rule='normalize'"):
+        ClippedSGD.from_smoothness(parameters, bad, 1.0)
+    with pytest.raises(ValueError, match=rf"L1 must be positive and finite, got {bad}.*max_norm = inf"):
+        ClippedSGD.from_smoothness(parameters, 1.0, bad)
+
+
+def test_recommended_limits_work():
+    # The error for L1 = 0 recommends gradient descent with lr = 1/L0, that for L0 = 0 steps of length 1/L1.
+    x, y = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x.grad = y.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    ClippedSGD([x], lr=1 / 8.0, max_norm=math.inf).step()
+    assert x.tolist() == [-3 / 8, -4 / 8]
+    ClippedSGD([y], lr=1.0, max_norm=1 / 2.0, rule="normalize").step()
+    assert total_norm(y).item() == pytest.approx(1 / 2.0, rel=8 * EPS)
+
+
+@pytest.fixture
+def mesh():
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        yield init_device_mesh("cpu", (1,))
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
+def test_distributed_parameters_step_like_plain_ones(mesh, options):
+    plain = make_parameters([(4, 3), (5,)])
+    spread = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+    optimizers = [ClippedSGD(p, lr=0.1, max_norm=1.0, **options) for p in (plain, spread)]
+    for step in range(2):
+        set_gradients(plain, step)
+        for p, d, placement in zip(plain, spread, (Shard(0), Replicate()), strict=True):
+            d.grad = distribute_tensor(p.grad, mesh, [placement])
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, d in zip(plain, spread, strict=True):
+        torch.testing.assert_close(d.to_local(), p, rtol=8 * EPS, atol=0.0)
+    buffers = [state["momentum_buffer"] for state in optimizers[1].state.values()]
+    assert all(isinstance(buffer, DTensor) for buffer in buffers)
+    assert len(buffers) == (2 if options else 0)
