@@ -1,0 +1,6 @@
+"""Measured smoothness: along a step, and the (L0, L1) line through many such measurements."""
+
+from gradclip.smoothness.fit import Fit, Interval, Recommendation, fit, recommend
+from gradclip.smoothness.path import PathSmoothness, path_smoothness
+
+__all__ = ["Fit", "Interval", "PathSmoothness", "Recommendation", "fit", "path_smoothness", "recommend"]
