@@ -1,0 +1,154 @@
+"""One training loop for every experiment: progress, checkpoints, and resuming to the same bits.
+
+The loop knows nothing about models. An experiment gives it an object with a ``step`` and a state; the loop
+calls ``step``, shows how far it is, and saves the state so often that a killed run loses seconds, not hours.
+On one device with one number of threads, a run that was killed and started again gives bitwise the same
+series as one that was not, if its operations are deterministic: on the CPU they are, on CUDA some are not.
+"""
+
+import io
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from gradclip.records import write_atomically
+
+
+class Run(Protocol):
+    """What :func:`train` needs: everything that changes from step to step is inside ``state_dict``."""
+
+    def step(self, iteration: int) -> Mapping[str, float]:
+        """Do one step and return its row of the series; every step returns the same keys."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters, optimizer, hidden state, generators: tensors, plain values and containers of these."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a state back."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves.
+
+    Args:
+        series: Column name to one value per step.
+        seconds: Time spent in steps, before and after an interruption together.
+    """
+
+    series: dict[str, list[float]]
+    seconds: float
+
+
+def train(
+    run: Run,
+    steps: int,
+    *,
+    checkpoint: str | Path,
+    identity: Mapping[str, Any],
+    label: str = "",
+    interval: float = 15.0,
+) -> Result:
+    """Call ``run.step`` for iterations 0 to ``steps`` - 1, going on from a checkpoint if there is one.
+
+    A checkpoint is written to a temporary name and renamed, so a kill at any moment leaves the last whole
+    one. It is written after the last step as well, and stays until the caller has stored the result.
+    The states of torch's global generators are in it.
+
+    Args:
+        run: The experiment, freshly made.
+        steps: Number of steps in all.
+        checkpoint: File of the checkpoint.
+        identity: What makes this run this run: configuration, seed, hashes of source and data. A checkpoint
+            with another identity is never used.
+        label: Name in the progress bar, which goes to stderr.
+        interval: Least number of seconds between two checkpoints.
+
+    Returns:
+        The series and the time it took.
+
+    Raises:
+        ValueError: ``steps`` is less than 1.
+
+    Warns:
+        UserWarning: A checkpoint is ignored because it is unreadable or belongs to another run; says which
+            part of the identity differs.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    path = Path(checkpoint)
+    rows: list[Mapping[str, float]] = []
+    seconds = 0.0
+    saved = _read(path, dict(identity))
+    if saved is not None:
+        rows, seconds = saved["rows"], saved["seconds"]
+        run.load_state_dict(saved["state"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+
+    def save() -> None:
+        content = {
+            "identity": dict(identity),
+            "rows": rows,
+            "seconds": seconds,
+            "state": run.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+
+    # A log file gets a line every ten seconds; a terminal gets a moving bar.
+    pause = 0.2 if sys.stderr.isatty() else 10.0
+    last_save = time.monotonic()
+    with tqdm(total=steps, initial=len(rows), desc=label, unit="step", mininterval=pause) as bar:
+        for iteration in range(len(rows), steps):
+            start = time.monotonic()
+            row = dict(run.step(iteration))
+            seconds += time.monotonic() - start
+            rows.append(row)
+            if "loss" in row:
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            bar.update()
+            if time.monotonic() - last_save >= interval or iteration == steps - 1:
+                save()
+                last_save = time.monotonic()
+    return Result({name: [row[name] for row in rows] for name in rows[0]}, seconds)
+
+
+def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        # weights_only: a checkpoint holds tensors and plain values, and nothing in it can run code.
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        found = saved["identity"]
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        warnings.warn(
+            f"ignoring checkpoint {path}: unreadable ({type(error).__name__}); starting over", stacklevel=3
+        )
+        return None
+    differing = sorted(
+        key for key in {*identity, *found} if identity.get(key, "absent") != found.get(key, "absent")
+    )
+    if differing:
+        was = ", ".join(
+            f"{key}={found.get(key, 'absent')!r} instead of {identity.get(key, 'absent')!r}"
+            for key in differing
+        )
+        warnings.warn(
+            f"ignoring checkpoint {path}: it belongs to another run, with {was}; starting over", stacklevel=3
+        )
+        return None
+    return saved
