@@ -1,0 +1,68 @@
+"""The command line: ``python -m gradclip run NAME --profile P --out DIR`` and ``python -m gradclip list``."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from gradclip import experiments, records
+from gradclip.data import DataError
+
+PROFILES = ("smoke", "cpu", "paper")
+
+app = typer.Typer(
+    help="Run the experiments of the book.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """List the experiments."""
+    for name in experiments.names():
+        summary = (_module(name).__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name:20} {summary}")
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="The experiment; see `list`.")],
+    profile: Annotated[str, typer.Option(help=f"One of {', '.join(PROFILES)}.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("results"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the profile decides.")] = None,
+) -> None:
+    """Run an experiment and save its record.
+
+    A run that was stopped goes on where it was; one that is finished and current is not run again.
+    """
+    if name not in experiments.names():
+        raise typer.BadParameter(f"no experiment {name!r}; choose from: {', '.join(experiments.names())}")
+    if profile not in PROFILES:
+        raise typer.BadParameter(f"no profile {profile!r}; choose from: {', '.join(PROFILES)}")
+    module = _module(name)
+    config = module.Config.profile(profile)
+    if device is not None:
+        if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+            here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+            raise typer.BadParameter(f"no device {device!r}; choose from: {here}")
+        config = dataclasses.replace(config, device=device)
+    try:
+        record = module.run(config, out)
+    except DataError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(records.folder(out, record.experiment, record.profile, record.provenance["device"]))
+
+
+def _module(name: str):
+    return importlib.import_module(f"{experiments.__name__}.{name.replace('-', '_')}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m gradclip")

@@ -1,0 +1,353 @@
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from gradclip import records
+from gradclip.data import text
+from gradclip.experiments import language_model
+from gradclip.experiments.language_model import Config, run, summarise
+from gradclip.models.lstm import LanguageModel
+
+SMOKE = Config.profile("smoke")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return run(SMOKE, tmp_path_factory.mktemp("records"))
+
+
+def test_the_smoke_profile_gives_a_whole_record(smoke):
+    assert (smoke.experiment, smoke.profile) == ("language-model", "smoke")
+    assert records.is_current(smoke)
+    assert smoke.config["seeds"] == [0, 1]
+    assert smoke.series["iteration"].tolist() == list(range(SMOKE.steps)) * 2
+    assert smoke.series["seed"].tolist() == [0] * SMOKE.steps + [1] * SMOKE.steps
+    assert all(np.isfinite(column).all() for column in smoke.series.values())
+    assert smoke.scalars["probe.count"] == 2 * SMOKE.steps
+    assert smoke.scalars["data.sha256"] == smoke.provenance["data_sha256"] == text.reference_manual().sha256
+    assert smoke.provenance["wall_time_s"] > 0
+
+
+def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
+    lines = language_model.__doc__.split("\n\n")
+    tables = [block for block in lines if block.startswith("====")]
+    columns, keys = (
+        [name for row in table.splitlines()[3:-1] for name in re.findall(r"``(.+?)``", row[:43])]
+        for table in tables
+    )
+    assert set(smoke.series) == {*columns, "path_1_3", "path_1_2", "path_2_3", "path_5_6"}
+
+    patterns = []
+    for key in keys:
+        if key.startswith("..."):
+            key = "train.grad_norm" + key[3:]
+        pattern = re.escape(key).replace("EST", "(path|largest|local|other)")
+        patterns.append(pattern.replace("SUBSET", "(late|unclipped|clipped)"))
+    for name in ("slope", "saturation", "l1_ols", "l1_ols_over_mechanical"):
+        patterns.append(f"(late|unclipped|clipped).{name}_(path|largest|local|other)")
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, key) for key in smoke.scalars), pattern
+    whole = re.compile(rf"({'|'.join(patterns)})(_min|_max|_low|_high|\.seed[01])?")
+    assert [key for key in smoke.scalars if not whole.fullmatch(key)] == []
+
+
+def test_the_scalars_that_were_fixed_before_the_run_are_there(smoke):
+    # Minimum and maximum over seeds, recomputed from the series by numpy alone.
+    def per_seed(statistic):
+        rows = [smoke.series["seed"] == seed for seed in (0, 1)]
+        return [statistic({name: column[row] for name, column in smoke.series.items()}) for row in rows]
+
+    for key, column in (("path", "path_1_2"), ("local", "local")):
+        pearson = per_seed(lambda s, c=column: np.corrcoef(np.log(s["grad_norm"]), np.log(s[c]))[0, 1])
+        slope = per_seed(lambda s, c=column: np.polyfit(np.log(s["grad_norm"]), np.log(s[c]), 1)[0])
+        # float64 least squares of 12 well-spread points, by two algorithms.
+        assert smoke.scalars[f"probe.pearson_{key}_min"] == pytest.approx(min(pearson), rel=1e-9)
+        assert smoke.scalars[f"probe.slope_{key}_min"] == pytest.approx(min(slope), rel=1e-9)
+        assert smoke.scalars[f"probe.slope_{key}_max"] == pytest.approx(max(slope), rel=1e-9)
+    saturation = np.median(smoke.series["path_1_2"] / smoke.series["bound"])
+    assert smoke.scalars["probe.saturation_median"] == pytest.approx(saturation, rel=1e-12)
+    low, high = (smoke.scalars[f"probe.l1_ols_over_mechanical_{end}"] for end in ("min", "max"))
+    assert 0 <= low <= high
+
+
+def direct_gradient(model, pair, state):
+    logits, _ = model(pair[0], state)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), pair[1].flatten())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+
+
+def test_the_first_probe_is_what_its_formula_says(smoke):
+    # Independent of path_smoothness and ClippedSGD: two models, and the parameters set by hand.
+    corpus = text.reference_manual()
+    pairs = text.segments(text.batchify(corpus.train, SMOKE.batch), SMOKE.bptt)
+
+    def model():
+        sizes = {"embedding": SMOKE.embedding, "hidden": SMOKE.hidden, "layers": SMOKE.layers}
+        generator = torch.Generator().manual_seed(0)
+        return LanguageModel(len(corpus.vocabulary), **sizes, generator=generator)
+
+    here, there = model(), model()
+    zeros = here.initial_state(SMOKE.batch)
+    g = direct_gradient(here, pairs[0], zeros)
+    factor = min(1.0, SMOKE.max_norm / g.norm().item())
+    d = -SMOKE.lr * factor * g
+    _, after = here(pairs[0][0], zeros)
+
+    def gradient_at(fraction, pair, state):
+        x = torch.nn.utils.parameters_to_vector(here.parameters()).double() + fraction * d
+        torch.nn.utils.vector_to_parameters(x.float(), there.parameters())
+        return direct_gradient(there, pair, state)
+
+    expected = {
+        f"path_{name}": ((gradient_at(a, pairs[0], zeros) - g).norm() / (a * d.norm())).item()
+        for name, a in (("1_6", 1 / 6), ("1_3", 1 / 3), ("1_2", 1 / 2), ("2_3", 2 / 3), ("5_6", 5 / 6))
+    }
+    expected["path_max"] = max(expected.values())
+    expected["local"] = ((gradient_at(0.01, pairs[0], zeros) - g).norm() / (0.01 * d.norm())).item()
+    other = gradient_at(0.5, pairs[1], [(h.detach(), c.detach()) for h, c in after])
+    expected["path_other_batch"] = ((other - g).norm() / (0.5 * d.norm())).item()
+    expected["bound"] = (g.norm() / (d.norm() / 2)).item()
+    expected |= {"grad_norm": g.norm().item(), "clip_factor": factor, "update_length": d.norm().item()}
+    for name, value in expected.items():
+        # float32 gradients are right to some 1e-6, and at a hundredth of the step they change by some
+        # 1e-2 of their norm: 1e-4 in `local`.
+        assert smoke.series[name][0] == pytest.approx(value, rel=1e-3 if name == "local" else 2e-5), name
+
+
+def test_training_is_clipped_sgd_on_consecutive_segments(smoke):
+    # The same losses from torch's own clipping and SGD, without a probe in between.
+    corpus = text.reference_manual()
+    pairs = text.segments(text.batchify(corpus.train, SMOKE.batch), SMOKE.bptt)
+    model = LanguageModel(
+        len(corpus.vocabulary),
+        embedding=SMOKE.embedding,
+        hidden=SMOKE.hidden,
+        layers=SMOKE.layers,
+        generator=torch.Generator().manual_seed(1),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=SMOKE.lr)
+    state = model.initial_state(SMOKE.batch)
+    losses = []
+    for words, targets in pairs[: SMOKE.steps]:
+        loss, state = model.loss(words, targets, state)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), SMOKE.max_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    recorded = smoke.series["loss"][smoke.series["seed"] == 1]
+    # float32, and the 1e-6 that torch adds to the norm, over twelve steps that amplify differences a little.
+    np.testing.assert_allclose(recorded, losses, rtol=1e-4)
+
+
+def test_the_table_shows_the_numbers_of_the_record(smoke):
+    rows = re.findall(r"<tr>(.*?)</tr>", language_model.table(smoke))
+    assert len(rows) == 7
+    scalars = smoke.scalars
+    local = [scalars[f"probe.slope_local{end}"] for end in ("", "_min", "_max")]
+    assert f"<td>{local[0]:.2f} ({local[1]:.2f} to {local[2]:.2f})</td>" in rows[2]
+
+
+def test_relative_change_is_the_estimate_over_its_own_level(smoke):
+    fractions, change = language_model.relative_change(smoke.series)
+    assert fractions.tolist() == [0.01, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6]
+    assert change.shape == (2 * SMOKE.steps, 6)
+    # The same quotient, put together from other columns whose norms are rounded to float32.
+    np.testing.assert_allclose(change[:, 3], smoke.series["path_1_2"] / smoke.series["bound"], rtol=1e-5)
+    assert np.median(change[:, 0]) == pytest.approx(smoke.scalars["probe.saturation_local"], rel=1e-5)
+
+
+def equal_but_for_time(a, b):
+    assert a.series.keys() == b.series.keys()
+    for name in a.series:
+        assert a.series[name].tobytes() == b.series[name].tobytes(), name
+    assert {key: repr(value) for key, value in a.scalars.items()} == {
+        key: repr(value) for key, value in b.scalars.items()
+    }
+    assert a.config == b.config
+    moving = {"finished", "wall_time_s", "git_commit", "git_clean"}
+    assert {k: v for k, v in a.provenance.items() if k not in moving} == {
+        k: v for k, v in b.provenance.items() if k not in moving
+    }
+
+
+@pytest.mark.parametrize("stop_after", [3, SMOKE.steps, SMOKE.steps + 5])
+def test_a_stopped_run_goes_on_to_the_same_record(tmp_path, monkeypatch, smoke, stop_after):
+    # In the first seed, between the seeds, and in the second.
+    steps = []
+    step = language_model._Training.step
+    original_train = language_model.train
+
+    def counted(self, iteration):
+        if len(steps) == stop_after:
+            raise KeyboardInterrupt
+        steps.append(iteration)
+        return step(self, iteration)
+
+    monkeypatch.setattr(language_model, "train", lambda *a, **kw: original_train(*a, **kw, interval=0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model._Training, "step", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run(SMOKE, tmp_path)
+    with pytest.raises(records.RecordError):
+        records.load(tmp_path / "language-model" / "smoke-cpu")
+    equal_but_for_time(run(SMOKE, tmp_path), smoke)
+    # The checkpoints are gone, and only the record is left.
+    assert [path.name for path in (tmp_path / "language-model").iterdir()] == ["smoke-cpu"]
+
+
+def test_a_finished_record_is_read_and_not_made_again(tmp_path, monkeypatch, smoke):
+    run(SMOKE, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "train", None)
+        equal_but_for_time(run(SMOKE, tmp_path), smoke)
+    # Another configuration, or other source, is another run.
+    calls = []
+    original_train = language_model.train
+    monkeypatch.setattr(language_model, "train", lambda *a, **kw: calls.append(1) or original_train(*a, **kw))
+    assert run(dataclasses.replace(SMOKE, lr=10.0), tmp_path).config["lr"] == 10.0
+    assert len(calls) == 2
+    monkeypatch.setattr(records, "source_hash", lambda: "0" * 64)
+    assert run(dataclasses.replace(SMOKE, lr=10.0), tmp_path).provenance["source_sha256"] == "0" * 64
+    assert len(calls) == 4
+
+
+def test_the_source_is_the_one_that_the_run_started_with(tmp_path, monkeypatch):
+    original_train = language_model.train
+
+    def edited_meanwhile(*args, **kw):
+        monkeypatch.setattr(records, "source_hash", lambda: "0" * 64)
+        return original_train(*args, **kw)
+
+    now = records.source_hash()
+    monkeypatch.setattr(language_model, "train", edited_meanwhile)
+    assert run(SMOKE, tmp_path).provenance["source_sha256"] == now
+
+
+def denormals_are_flushed():
+    return (torch.tensor(2.0**-100) * torch.tensor(2.0**-40)).item() == 0.0
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_global_settings_and_generators_are_left_alone(tmp_path, flushed):
+    threads = torch.get_num_threads()
+    torch.set_flush_denormal(flushed)
+    torch.set_num_threads(2)
+    torch.manual_seed(4)
+    generator = torch.get_rng_state()
+    try:
+        run(dataclasses.replace(SMOKE, seeds=(0,)), tmp_path)
+        assert denormals_are_flushed() == flushed
+        assert torch.get_num_threads() == 2
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.equal(torch.get_rng_state(), generator)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+def made_up_series(estimate, lr=2.0, max_norm=0.5, seeds=(0, 1), steps=40):
+    """Gradient norms on both sides of the threshold, and every estimate given by ``estimate(g, bound)``."""
+    g = np.tile(np.geomspace(0.05, 5.0, steps), len(seeds))
+    factor = np.minimum(1.0, max_norm / g)
+    bound = g / (lr * factor * g / 2)
+    probes = dict.fromkeys(language_model._PROBES, estimate(g, bound))
+    iteration = np.tile(np.arange(steps), len(seeds))
+    return {
+        "seed": np.repeat(seeds, steps),
+        "iteration": iteration,
+        "loss": 7.0 - 0.1 * iteration,
+        "grad_norm": g,
+        "clip_factor": factor,
+        "bound": bound,
+        **probes,
+    }
+
+
+def test_an_estimate_on_its_bound_has_the_mechanical_slope_and_no_other():
+    scalars = summarise(made_up_series(lambda g, bound: bound), lr=2.0, max_norm=0.5)
+    assert scalars["mechanical.l1"] == 2.0
+    assert scalars["mechanical.flat"] == 1.0
+    assert scalars["probe.saturation_median"] == 1.0
+    # Clipped: the bound is (2/(lr c)) g, a line through 0; ratio and exponent are 1 up to rounding.
+    assert scalars["clipped.l1_ols_over_mechanical_path"] == pytest.approx(1.0, rel=1e-12)
+    assert scalars["clipped.slope_path"] == pytest.approx(1.0, rel=1e-12)
+    assert scalars["clipped.pearson_path"] == pytest.approx(1.0, rel=1e-12)
+    # With g - mean for each point by hand; made-up estimates are all equal, so the first is the largest.
+    g = np.geomspace(0.05, 5.0, 40)
+    weight = (g - g.mean()) ** 2
+    assert scalars["probe.leverage_clipped"] == pytest.approx(weight[g > 0.5].sum() / weight.sum(), rel=1e-12)
+    assert scalars["probe.largest_at_first"] == 1.0
+    # At a sixth of the step the bound is three times as high as at the midpoint.
+    assert scalars["probe.saturation_largest"] == pytest.approx(1 / 3, rel=1e-12)
+    # Unclipped: flat, so the slope is 0.
+    assert scalars["unclipped.l1_ols_path"] == pytest.approx(0.0, abs=1e-12)
+    assert scalars["clipped.count"] + scalars["unclipped.count"] == scalars["probe.count"] == 80
+
+
+def test_a_line_is_found_with_its_constants():
+    scalars = summarise(made_up_series(lambda g, bound: 0.3 + 0.7 * g), lr=2.0, max_norm=0.5)
+    for method in ("ols", "envelope"):
+        # The data are a line; the linear programme is solved to 1e-10.
+        assert scalars[f"probe.l0_{method}_local"] == pytest.approx(0.3, rel=1e-8)
+        assert scalars[f"probe.l1_{method}_local"] == pytest.approx(0.7, rel=1e-8)
+        assert scalars[f"probe.l1_{method}_local_low"] == pytest.approx(0.7, rel=1e-8)
+    assert scalars["probe.l1_ols_over_mechanical_min"] == pytest.approx(0.35, rel=1e-9)
+    # At the local fraction the bound is 50 times as high as at the midpoint.
+    series = made_up_series(lambda g, bound: bound)
+    assert summarise(series, lr=2.0, max_norm=0.5)["probe.saturation_local"] == pytest.approx(0.02, rel=1e-12)
+
+
+def test_spread_is_over_seeds_and_unprobed_steps_are_left_out():
+    series = made_up_series(lambda g, bound: np.repeat([1.0, 3.0], 40) * g)
+    series["loss"] = series["loss"] + series["seed"]
+    odd = series["iteration"] % 2 == 1
+    for name in ("bound", *language_model._PROBES):
+        series[name] = np.where(odd, math.nan, series[name])
+    scalars = summarise(series, lr=2.0, max_norm=0.5)
+    assert scalars["probe.count"] == 40
+    assert (
+        scalars["late.count"] == 38
+    )  # without the first twentieth, two steps of which one is probed per seed
+    for suffix, value in (("_min", 1.0), ("_max", 3.0), (".seed0", 1.0), (".seed1", 3.0)):
+        assert scalars[f"probe.l1_ols_path{suffix}"] == pytest.approx(value, rel=1e-9)
+    assert scalars["train.loss_initial_min"] == 7.0
+    assert scalars["train.loss_initial_max"] == 8.0
+    # Mean of 7 - 0.1 k + seed over the last four steps k = 36 ... 39.
+    assert scalars["train.loss_final"] == pytest.approx(7.0 - 3.75 + 0.5, rel=1e-12)
+
+
+def test_too_few_points_say_nothing():
+    scalars = summarise(made_up_series(lambda g, bound: g, max_norm=4.0), lr=2.0, max_norm=4.0)
+    # Only the last two of the forty gradient norms of each seed are above 4.
+    assert scalars["clipped.count"] == 4
+    assert math.isnan(scalars["clipped.slope_path"])
+
+
+def test_the_profiles():
+    cpu, paper = Config.profile("cpu"), Config.profile("paper")
+    assert (cpu.device, cpu.corpus, cpu.lr, cpu.max_norm) == ("cpu", "reference-manual", 30.0, 0.25)
+    assert len(cpu.seeds) == 3
+    # The released defaults of the paper's code.
+    released = (
+        paper.embedding,
+        paper.hidden,
+        paper.layers,
+        paper.batch,
+        paper.bptt,
+        paper.lr,
+        paper.max_norm,
+    )
+    assert released == (200, 512, 2, 256, 70, 30.0, 0.25)
+    assert paper.corpus == "penn-treebank"
+    assert paper.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(
+        ValueError, match="needs 8 probed steps per seed, got 7 from steps=14 and probe_every=2"
+    ):
+        dataclasses.replace(cpu, steps=14)
+    with pytest.raises(ValueError, match=r"profile must be one of \('smoke', 'cpu', 'paper'\), got 'huge'"):
+        Config.profile("huge")
