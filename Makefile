@@ -1,0 +1,65 @@
+# make book: environment, notebooks, book.  make test: every check.  make help: the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --quiet rules host progress --rerun-incomplete --cores all
+
+# The notebooks' kernel, papermill and the tests all run the environment's own programs, whatever the caller's PATH says.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup book test lint links serve clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup      make the environment in $(VENV)"
+	@echo "make book       run the notebooks that need it and build the book to _build/html"
+	@echo "make notebook_NN_name  run one notebook"
+	@echo "make test       ruff, then unit, property, doc, notebook and book tests"
+	@echo "make links      check that every link of the book still leads somewhere"
+	@echo "make serve      show the built book on http://localhost:$(PORT)"
+	@echo "make clean      remove what was built"
+	@echo "make distclean  remove the environment too"
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "gradclip: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash scripts/system_packages.sh
+	@rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+book: $(READY)
+	@$(SNAKEMAKE) || { cat _build/failed/*.txt 2>/dev/null; exit 1; }
+	@echo "The book is at file://$(CURDIR)/_build/html/index.html (make serve shows it on localhost)"
+
+notebook_%: $(READY)
+	@$(SNAKEMAKE) $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint book
+	@command -v chromium >/dev/null || bash scripts/system_packages.sh
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+links: book
+	$(BIN)/jupyter-book build . -q --builder linkcheck --path-output _build/links
+
+serve: $(READY)
+	@test -f _build/html/index.html || { echo "gradclip: there is no book yet; run make book first"; exit 1; }
+	@echo "http://localhost:$(PORT)  (Ctrl-C stops)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
+
+clean:
+	rm -rf _build .snakemake
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,352 @@
+"""What this book needs of Sphinx: executed notebooks, numbers read from records, tests behind proof steps,
+verdicts.
+
+Every mistake is a warning, and the build turns warnings into errors: an unknown record, key or test, a test
+that failed, a stored verdict that today's evidence does not give.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import tomllib
+from functools import cache
+from pathlib import Path
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from gradclip import claims, records
+
+logger = logging.getLogger(__name__)
+
+BADGE = {
+    claims.HOLDS: "success",
+    claims.CORRECTED: "warning",
+    claims.FAILS: "danger",
+    claims.UNTESTED: "muted",
+}
+
+
+class UnknownEvidence(LookupError):
+    """A record, key or test that a page names does not exist."""
+
+
+@cache
+def load_record(root: Path, name: str) -> records.Record:
+    """The record ``EXPERIMENT/PROFILE`` or ``EXPERIMENT/PROFILE-DEVICE``, of the build or of ``results/``."""
+    experiment, _, run = name.partition("/")
+    found = [
+        path
+        for folder in (root / "_build/records", root / "results")
+        for pattern in (run, f"{run}-*")
+        for path in sorted(folder.glob(f"{experiment}/{pattern}/record.json"))
+    ]
+    if len(found) != 1:
+        raise UnknownEvidence(f"{len(found)} records are named {name!r}; one is needed")
+    return records.load(found[0].parent)
+
+
+def scalar(root: Path, record: str, key: str) -> float | int | str | bool | None:
+    """The record's number under ``key``."""
+    scalars = load_record(root, record).scalars
+    if key not in scalars:
+        raise UnknownEvidence(f"record {record!r} has no key {key!r}")
+    return scalars[key]
+
+
+@cache
+def test_outcomes(root: Path) -> dict[str, bool]:
+    path = root / "_build/checks.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@cache
+def repository(root: Path) -> str:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
+        "Repository"
+    ]
+
+
+def test_address(root: Path, test: str) -> str:
+    """Where the test's source can be read, down to the line."""
+    file, _, qualified = test.partition("::")
+    path = root / file
+    if not path.is_file():
+        raise UnknownEvidence(f"no test file {file!r}")
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    node = None
+    for name in qualified.split("::"):
+        node = next((child for child in body if getattr(child, "name", None) == name), None)
+        if node is None:
+            raise UnknownEvidence(f"{file} has no {name!r}")
+        body = node.body
+    return f"{repository(root)}/blob/main/{file}#L{node.lineno}"
+
+
+class MeasuredRole(SphinxRole):
+    """``{measured}`EXPERIMENT/PROFILE#KEY|FORMAT` ``: a number read from a record when the book is built."""
+
+    def run(self):
+        target, _, spec = self.text.partition("|")
+        name, _, key = target.partition("#")
+        root = Path(self.env.srcdir)
+        try:
+            value = scalar(root, name, key)
+            text = format(value, spec)
+        except (UnknownEvidence, records.RecordError, ValueError, TypeError) as error:
+            logger.warning("measured: %s", error, location=self.get_location())
+            return [], []
+        stale = (
+            "" if records.is_current(load_record(root, name)) else ", measured with other source than today's"
+        )
+        return [nodes.abbreviation(text, text, explanation=f"record {name}, {key}{stale}")], []
+
+
+class PaperRole(SphinxRole):
+    """``{paper}`NUMBER|SECTION` ``: a number quoted from the 2020 paper, with its section."""
+
+    def run(self):
+        text, bar, section = self.text.partition("|")
+        if not (bar and text and section):
+            logger.warning("paper: expected NUMBER|SECTION, got %r", self.text, location=self.get_location())
+        return [nodes.abbreviation(text, text, explanation=f"quoted from Zhang et al. (2020), {section}")], []
+
+
+def resolve_test(root: Path, test: str, location: str) -> tuple[str, str]:
+    """The address of a test and a mark for its outcome; warns when it is unknown, was not run or failed."""
+    try:
+        address = test_address(root, test)
+    except UnknownEvidence as error:
+        logger.warning("test: %s", error, location=location)
+        return "", ""
+    passed = test_outcomes(root).get(test)
+    if passed is None:
+        logger.warning("test: %s was not run", test, location=location)
+    elif not passed:
+        logger.warning("test: %s failed", test, location=location)
+    return address, "✓" if passed else "✗"
+
+
+class TestRole(SphinxRole):
+    """``{test}`tests/FILE.py::NAME` ``: a proof step's test, as a mark that leads to its name."""
+
+    def run(self):
+        address, mark = resolve_test(Path(self.env.srcdir), self.text, self.get_location())
+        return [nodes.inline("", mark, classes=["cited-test"], test=self.text, address=address)], []
+
+
+def list_cited_tests(app: Sphinx, doctree: nodes.document) -> None:
+    """Number the tests that a page cites and name them at its end, so that prose stays readable."""
+    cited = {}
+    for node in list(doctree.findall(nodes.inline)):
+        if "cited-test" in node["classes"]:
+            number, _, _ = cited.setdefault(node["test"], (len(cited) + 1, node["address"], node.astext()))
+            text = f"{node.astext()}{number}"
+            mark = nodes.reference(
+                "", text, refid=f"cited-test-{number}", classes=["cited-test"], internal=True
+            )
+            mark["reftitle"] = node["test"]
+            node.replace_self(mark)
+    if not cited:
+        return
+    items = nodes.bullet_list(classes=["cited-tests"])
+    for test, (number, address, mark) in cited.items():
+        name = nodes.reference("", "", nodes.literal("", test), refuri=address, internal=False)
+        items += nodes.list_item(
+            "", nodes.paragraph("", f"{mark}{number} ", name), ids=[f"cited-test-{number}"]
+        )
+    section = nodes.section(ids=["tests-cited-on-this-page"], names=["tests cited on this page"])
+    section += nodes.title("", "Tests cited on this page")
+    section += nodes.paragraph("", "Each ran when this page was built: ✓ passed, ✗ failed.")
+    section += items
+    doctree.next_node(nodes.section).append(section)
+
+
+class MarkdownDirective(SphinxDirective):
+    """A directive that writes MyST."""
+
+    def parse(self, lines: list[str]) -> list[nodes.Node]:
+        box = nodes.container()
+        self.state.nested_parse(StringList(lines, source=self.get_source_info()[0]), self.content_offset, box)
+        return box.children
+
+    @property
+    def root(self) -> Path:
+        return Path(self.env.srcdir)
+
+
+def evidence(root: Path) -> claims.Evidence:
+    def lookup(record: str, key: str):
+        try:
+            load_record(root, record)
+        except UnknownEvidence:
+            return None
+        return scalar(root, record, key)
+
+    return claims.Evidence(test_outcomes(root), lookup)
+
+
+class NotebookFigureDirective(MarkdownDirective):
+    """``{notebook-figure} NOTEBOOK#NAME``: a figure of an executed notebook, shown on another page."""
+
+    required_arguments = 1
+
+    def run(self):
+        name, _, figure = self.arguments[0].partition("#")
+        executed = self.root / "_build" / f"{name}.ipynb"
+        nb = json.loads(executed.read_text(encoding="utf-8")) if executed.is_file() else {"cells": []}
+        for cell in nb["cells"]:
+            mystnb = cell["metadata"].get("mystnb", {})
+            pngs = [
+                output["data"]["image/png"]
+                for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", {})
+            ]
+            if mystnb.get("figure", {}).get("name") == figure and pngs:
+                image = self.root / "_build/figures" / f"{figure}.png"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                image.write_bytes(base64.b64decode(pngs[0]))
+                alt = mystnb["image"]["alt"]
+                return self.parse([f":::{{image}} /_build/figures/{image.name}", f":alt: {alt}", ":::"])
+        logger.warning("notebook-figure: no %s", self.arguments[0], location=self.get_location())
+        return []
+
+
+class ClaimsSummaryDirective(MarkdownDirective):
+    """One row per claim: where it is made, what it says, the verdict computed in this build."""
+
+    def run(self):
+        lines = [":::{list-table}", ":header-rows: 1", ":widths: 10 25 65", ":class: claims", ""]
+        lines += ["* - Claim", "  - Verdict", "  - Statement"]
+        known = evidence(self.root)
+        for claim in claims.load(self.root / "claims.yml"):
+            verdict = claims.judge(claim, known)
+            if verdict != claim.verdict:
+                logger.warning(
+                    "claim %s: claims.yml says %r, the evidence says %r",
+                    claim.id,
+                    claim.verdict,
+                    verdict,
+                    location=self.get_location(),
+                )
+            lines += [
+                f"* - [{claim.id}](#claim-{claim.id.lower()})",
+                f"  - {{bdg-{BADGE[verdict]}}}`{verdict}`",
+                f"  - {claim.statement}",
+            ]
+        return self.parse([*lines, ":::"])
+
+
+class ClaimsDetailDirective(MarkdownDirective):
+    """Every claim with what it needs, what corrects it, and each piece of evidence with its outcome."""
+
+    def run(self):
+        lines = []
+        known = evidence(self.root)
+        for claim in claims.load(self.root / "claims.yml"):
+            verdict = claims.judge(claim, known)
+            lines += [
+                f"::::{{dropdown}} {claim.id}: {verdict}",
+                f":name: claim-{claim.id.lower()}",
+                ":open:" if verdict in (claims.CORRECTED, claims.FAILS) else "",
+                "",
+                f"{claim.statement}",
+                "",
+                f"**Where** {claim.source}. **Kind** {claim.kind}. **Needs** {claim.needs}. "
+                f"**Page** [](/{claim.page}).",
+                "",
+            ]
+            if claim.corrected:
+                lines += [f"**Corrected statement.** {claim.corrected}", ""]
+            if claim.untested:
+                lines += [f"**Not tested.** {claim.untested}", ""]
+            for title, checks in (
+                ("Supports the statement", claim.supported_by),
+                ("Refutes the statement as worded", claim.refuted_by),
+                ("Supports the correction", claim.corrected_supported_by),
+            ):
+                if checks:
+                    lines += [
+                        f"**{title}**",
+                        "",
+                        *(f"- {self.describe(check, known)}" for check in checks),
+                        "",
+                    ]
+            lines += ["::::", ""]
+        return self.parse(lines)
+
+    def describe(self, check: claims.Check, known: claims.Evidence) -> str:
+        if check.test:
+            address, mark = resolve_test(self.root, check.test, self.get_location())
+            return f"{mark} [`{check.test.removeprefix('tests/')}`]({address})"
+        outcome = {True: "yes", False: "no", None: "no record"}[known.outcome(check)]
+        if known.outcome(check) is None:
+            return f"`{check}`: {outcome}"
+        return f"`{check}`: measured {{measured}}`{check.record}#{check.key}|.3g`, {outcome}"
+
+
+class RecordDirective(MarkdownDirective):
+    """Where a record comes from, with a warning when it was made by other source than today's."""
+
+    required_arguments = 1
+
+    def run(self):
+        name = self.arguments[0]
+        try:
+            record = load_record(self.root, name)
+        except (UnknownEvidence, records.RecordError) as error:
+            logger.warning("record: %s", error, location=self.get_location())
+            return []
+        made = record.provenance
+        current = records.is_current(record)
+        origin = "which is today's." if current else "**which has changed since.**"
+        lines = [
+            f":::{{admonition}} Record {name}",
+            f":class: {'note' if current else 'warning'}",
+            f"Finished {made['finished']} on {made['device_name']} in {made['wall_time_s']:.0f} s, "
+            f"with Python {made['python']} and torch {made['torch']}, "
+            f"from source `{made['source_sha256'][:12]}`, {origin}",
+            ":::",
+        ]
+        return self.parse(lines)
+
+
+def show_executed_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Give Sphinx the executed copy of a notebook in place of the committed one, which carries no outputs."""
+    if not docname.startswith("notebooks/"):
+        return
+    executed = Path(app.srcdir, "_build", f"{docname}.ipynb")
+    if not executed.is_file():
+        logger.warning("%s has not been executed: run make book", docname, location=docname)
+        return
+    source[0] = executed.read_text(encoding="utf-8")
+
+
+def drop_live_code(
+    app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None
+) -> None:
+    """Leave out the live-code scripts: Jupyter Book adds them twice, which is an error in the browser."""
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script.filename} {script.attributes.get('body')}"
+    ]
+
+
+def setup(app: Sphinx) -> dict:
+    app.connect("source-read", show_executed_notebook)
+    app.connect("doctree-read", list_cited_tests)
+    app.connect("html-page-context", drop_live_code, priority=900)
+    app.add_role("measured", MeasuredRole())
+    app.add_role("paper", PaperRole())
+    app.add_role("test", TestRole())
+    app.add_directive("notebook-figure", NotebookFigureDirective)
+    app.add_directive("claims-summary", ClaimsSummaryDirective)
+    app.add_directive("claims-detail", ClaimsDetailDirective)
+    app.add_directive("record", RecordDirective)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,224 @@
+"""book/_ext/gradclip_book.py on a small book: what it renders, and that each kind of mistake is a warning."""
+
+import base64
+import importlib.util
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import docutils_namespace
+
+from gradclip import records
+
+ROOT = Path(__file__).parents[1]
+# The smallest PNG there is: one white pixel.
+PIXEL = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+        "0000000a49444154789c63f80f0001010100"
+        "1bb6ee560000000049454e44ae426082"
+    )
+).decode()
+TESTS = "def test_good():\n    pass\n\n\nclass TestGroup:\n    def test_bad(self):\n        pass\n"
+CLAIM = {
+    "id": "X1",
+    "source": "article S0",
+    "kind": "measured",
+    "statement": "the slope $s$ is positive",
+    "page": "index",
+    "verdict": "holds",
+    "supported_by": [{"record": "demo/smoke", "key": "slope", "op": ">", "threshold": 0}],
+}
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """``build(text)`` renders one page and returns its document, its HTML and the warnings."""
+    project = tmp_path / "project"
+    (project / "tests").mkdir(parents=True)
+    (project / "tests/test_a.py").write_text(TESTS)
+    (project / "_build/notebooks").mkdir(parents=True)
+    (project / "_build/checks.json").write_text(
+        json.dumps({"tests/test_a.py::test_good": True, "tests/test_a.py::TestGroup::test_bad": False})
+    )
+    (project / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/o/n"\n')
+    record = records.Record(
+        experiment="demo",
+        profile="smoke",
+        config={"seed": 0},
+        scalars={"slope": 1.23456, "name": "lstm"},
+        series={"x": [1.0, 2.0]},
+        provenance=records.provenance("cpu", data_sha256=None, wall_time=1.0),
+    )
+    records.save(record, project / "_build/records")
+    (project / "claims.yml").write_text(yaml.safe_dump([CLAIM]))
+    figure = {
+        "cell_type": "code",
+        "source": "fig",
+        "metadata": {"mystnb": {"image": {"alt": "a white pixel"}, "figure": {"name": "fig-00-pixel"}}},
+        "outputs": [{"output_type": "display_data", "data": {"image/png": PIXEL}, "metadata": {}}],
+    }
+    (project / "_build/notebooks/00_x.ipynb").write_text(json.dumps({"cells": [figure]}))
+    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
+    # Its lookups are cached: import it afresh.
+    monkeypatch.delitem(sys.modules, "gradclip_book", raising=False)
+
+    def render(text):
+        (project / "index.md").write_text(f"# Page\n\n{text}\n")
+        warnings = io.StringIO()
+        with docutils_namespace():
+            app = Sphinx(
+                project,
+                None,
+                tmp_path / "html",
+                tmp_path / "doctrees",
+                "html",
+                confoverrides={
+                    "extensions": ["myst_parser", "sphinx_design", "gradclip_book"],
+                    "myst_enable_extensions": ["dollarmath", "colon_fence"],
+                    "exclude_patterns": ["_build"],
+                },
+                status=None,
+                warning=warnings,
+                freshenv=True,
+            )
+            app.build()
+        doctree = app.env.get_doctree("index")
+        return doctree, (tmp_path / "html/index.html").read_text(), warnings.getvalue()
+
+    render.project = project
+    return render
+
+
+def test_a_test_cited_twice_is_listed_once(build):
+    doctree, _, warnings = build("{test}`tests/test_a.py::test_good` {test}`tests/test_a.py::test_good`")
+    assert warnings == ""
+    assert [node.astext() for node in doctree.findall(nodes.reference)] == [
+        "✓1",
+        "✓1",
+        "tests/test_a.py::test_good",
+    ]
+
+
+def abbreviations(doctree):
+    return [(node.astext(), node["explanation"]) for node in doctree.findall(nodes.abbreviation)]
+
+
+def test_a_measured_number_is_formatted_and_says_where_it_comes_from(build):
+    doctree, _, warnings = build("{measured}`demo/smoke#slope|.2f` {measured}`demo/smoke-cpu#name`")
+    assert warnings == ""
+    assert abbreviations(doctree) == [
+        ("1.23", "record demo/smoke, slope"),
+        ("lstm", "record demo/smoke-cpu, name"),
+    ]
+
+
+def test_a_number_of_the_paper_names_its_section(build):
+    doctree, _, warnings = build("{paper}`95.2 %|Section 5`")
+    assert warnings == ""
+    assert abbreviations(doctree) == [("95.2 %", "quoted from Zhang et al. (2020), Section 5")]
+
+
+def test_a_test_is_linked_to_its_line_and_marked(build):
+    doctree, html, warnings = build("{test}`tests/test_a.py::test_good`")
+    assert warnings == ""
+    mark, name = doctree.findall(nodes.reference)
+    assert mark.astext() == "✓1"
+    assert name.astext() == "tests/test_a.py::test_good"
+    assert name["refuri"] == "https://github.com/o/n/blob/main/tests/test_a.py#L1"
+    assert mark["refid"] in re.findall(r'id="([^"]+)"', html)
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("{measured}`demo/smoke#slop`", "record 'demo/smoke' has no key 'slop'"),
+        ("{measured}`demo/paper#slope`", "0 records are named 'demo/paper'"),
+        ("{measured}`demo/smoke#name|.2f`", "Unknown format code 'f'"),
+        ("{paper}`95.2 %`", "expected NUMBER|SECTION"),
+        ("{test}`tests/test_a.py::test_none`", "tests/test_a.py has no 'test_none'"),
+        ("{test}`tests/test_b.py::test_good`", "no test file 'tests/test_b.py'"),
+        ("{test}`tests/test_a.py::TestGroup`", "tests/test_a.py::TestGroup was not run"),
+        ("{test}`tests/test_a.py::TestGroup::test_bad`", "tests/test_a.py::TestGroup::test_bad failed"),
+        ("```{record} demo/paper\n```", "0 records are named 'demo/paper'"),
+        ("```{notebook-figure} notebooks/00_x#fig-00-none\n```", "no notebooks/00_x#fig-00-none"),
+    ],
+)
+def test_a_mistake_is_a_warning(build, text, warning):
+    assert warning in build(text)[2]
+
+
+def test_a_changed_record_is_refused(build):
+    series = build.project / "_build/records/demo/smoke-cpu/series.csv"
+    series.write_text(series.read_text().replace("2.0", "3.0"))
+    assert "series.csv" in build("{measured}`demo/smoke#slope`")[2]
+
+
+def test_a_record_tells_its_origin(build):
+    doctree, _, warnings = build("```{record} demo/smoke\n```")
+    assert warnings == ""
+    assert records.source_hash()[:12] in doctree.astext()
+    assert "today" in doctree.astext()
+
+
+def test_a_record_of_other_source_is_flagged(build, monkeypatch):
+    monkeypatch.setattr(records, "is_current", lambda record: False)
+    doctree, html, _ = build("{measured}`demo/smoke#slope|.2f`\n\n```{record} demo/smoke\n```")
+    assert abbreviations(doctree)[0][1].endswith("measured with other source than today's")
+    assert "has changed since" in html
+    (admonition,) = doctree.findall(nodes.admonition)
+    assert "warning" in admonition["classes"]
+
+
+def test_a_figure_of_a_notebook_is_shown_with_its_alt_text(build):
+    doctree, _, warnings = build("```{notebook-figure} notebooks/00_x#fig-00-pixel\n```")
+    assert warnings == ""
+    (image,) = doctree.findall(nodes.image)
+    assert image["alt"] == "a white pixel"
+
+
+def test_claims_show_verdict_and_evidence(build):
+    doctree, html, warnings = build("```{claims-summary}\n```\n\n```{claims-detail}\n```")
+    assert warnings == ""
+    assert "sd-bg-success" in html
+    assert 'href="#claim-x1"' in html
+    assert 'id="claim-x1"' in html
+    assert "measured 1.23, yes" in doctree.astext()
+
+
+def test_a_stored_verdict_that_the_evidence_does_not_give_is_a_warning(build):
+    check = {**CLAIM["supported_by"][0], "threshold": 2}
+    (build.project / "claims.yml").write_text(yaml.safe_dump([{**CLAIM, "supported_by": [check]}]))
+    warnings = build("```{claims-summary}\n```")[2]
+    assert "claim X1: claims.yml says 'holds', the evidence says 'does not hold'" in warnings
+
+
+def test_missing_evidence_is_not_a_pass(build):
+    check = {**CLAIM["supported_by"][0], "record": "demo/paper"}
+    row = {**CLAIM, "supported_by": [check], "verdict": "not tested here"}
+    (build.project / "claims.yml").write_text(yaml.safe_dump([row]))
+    doctree, _, warnings = build("```{claims-summary}\n```\n\n```{claims-detail}\n```")
+    assert warnings == ""
+    assert "no record" in doctree.astext()
+
+
+def test_notebooks_are_replaced_by_their_executed_copies(build):
+    spec = importlib.util.spec_from_file_location("extension", ROOT / "book/_ext/gradclip_book.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+
+    class App:
+        srcdir = build.project
+
+    source = ["committed"]
+    extension.show_executed_notebook(App, "notebooks/00_x", source)
+    assert json.loads(source[0])["cells"][0]["source"] == "fig"
+    source = ["prose"]
+    extension.show_executed_notebook(App, "book/x", source)
+    assert source == ["prose"]
