@@ -4,6 +4,8 @@ import json
 import math
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,12 @@ def test_a_missing_file_is_named(tmp_path, name):
         (b"[]", "format must be 1, got 'list'"),
         (b'{"format": 2}', "format must be 1, got 2"),
         (b'{"format": 1}', "but the file says None"),
+        (b'{"format": 1, "scalars": {"x": NaN}}', "NaN is not JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (
+            b'{"format": 1, "sha256": "%s"}' % hashlib.sha256(b'{"format":1}').hexdigest().encode(),
+            "not a whole record",
+        ),
     ],
 )
 def test_what_is_not_a_record_is_refused(tmp_path, content, message):
@@ -173,6 +181,55 @@ def test_what_is_not_a_record_is_refused(tmp_path, content, message):
     (folder / "record.json").write_bytes(content)
     with pytest.raises(RecordError, match=message):
         records.load(folder)
+
+
+def test_what_is_not_even_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder/record.json").mkdir(parents=True)
+    for path in (tmp_path / "file", tmp_path / "folder"):
+        with pytest.raises(RecordError, match="cannot be read"):
+            records.load(path)
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not find an empty file under the final name."""
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to)))
+    records.write_atomically(tmp_path / "x", b"data")
+    assert events == ["fsync", "rename"]
+    assert (tmp_path / "x").read_bytes() == b"data"
+
+
+def test_many_writers_never_show_half_a_file(tmp_path):
+    path, stop = tmp_path / "x", threading.Event()
+    texts = [bytes([letter]) * 100_000 for letter in b"abc"]
+    path.write_bytes(texts[0])
+    seen = []
+
+    def read():
+        while not stop.is_set():
+            seen.append(path.read_bytes() in texts)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: records.write_atomically(path, texts[number % 3]), range(60)))
+    stop.set()
+    reader.join()
+    assert seen
+    assert all(seen)
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_in_time(tmp_path):
+    old, new = tmp_path / ".x.a.partial", tmp_path / ".x.b.partial"
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    records.write_atomically(tmp_path / "x", b"data")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".x.b.partial", "x"]
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -216,6 +273,12 @@ def test_a_killed_write_never_leaves_a_record_that_mixes_two_runs(tmp_path, monk
         ({"series": {"x": [[1.0]]}}, r"column 'x' must have one dimension, got shape \(1, 1\)"),
         ({"series": {"x": ["a\r\n"]}}, "column 'x' must not hold line breaks"),
         ({"series": {"x": [None]}}, "column 'x' must hold .* got dtype object"),
+        ({"series": {"x": [2**63]}}, "column 'x' cannot hold 9223372036854775808 unchanged"),
+        ({"series": {"x": [1, "b", 2.5]}}, "column 'x' cannot hold 1 unchanged, it would become '1'"),
+        ({"series": {"x": [True, 2]}}, "column 'x' cannot hold True unchanged, it would become 1"),
+        ({"series": {"x": [2**60 + 1, 0.5]}}, "column 'x' cannot hold 1152921504606846977 unchanged"),
+        ({"series": {"x": ["a\0"]}}, "column 'x' cannot hold 'a.x00' unchanged"),
+        ({"series": {"x\r\n": [1]}}, "name must be a string without line breaks, got 'x.r.n'"),
     ],
 )
 def test_a_record_is_checked_when_made(changes, message):

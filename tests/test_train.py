@@ -1,3 +1,5 @@
+import hashlib
+import io
 import math
 import os
 import signal
@@ -159,6 +161,72 @@ def test_a_damaged_checkpoint_is_ignored_and_named(tmp_path, whole, damage):
         result = train(Walk(), STEPS, checkpoint=path, identity=IDENTITY)
     assert str(path) in str(caught[0].message)
     assert result.series == whole
+
+
+def hashed(content):
+    """A checkpoint file with this content and a hash that fits."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [[1], 3, torch.zeros(2), {"identity": 5}, {"identity": IDENTITY}, {}])
+def test_a_file_that_is_no_checkpoint_is_ignored(tmp_path, whole, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(hashed(content))
+    with pytest.warns(UserWarning, match="unreadable"):
+        result = train(Walk(), STEPS, checkpoint=path, identity=IDENTITY)
+    assert result.series == whole
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path, whole):
+    path = tmp_path / "c.pt"
+    train(Walk(), STEPS, checkpoint=path, identity=IDENTITY)
+    good = path.read_bytes()
+    for position in range(0, len(good), len(good) // 40):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 16]) + good[position + 1 :])
+        with pytest.warns(UserWarning, match="unreadable"):
+            assert train(Walk(), STEPS, checkpoint=path, identity=IDENTITY).series == whole
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("sprung",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch, whole):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.pt"
+    path.write_bytes(hashed({"identity": IDENTITY, "rows": [], "state": Trap()}))
+    with pytest.warns(UserWarning, match="unreadable"):
+        train(Walk(), STEPS, checkpoint=path, identity=IDENTITY)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_checkpoint_with_more_steps_than_asked_for_is_ignored(tmp_path, whole):
+    path = tmp_path / "c.pt"
+    train(Walk(), STEPS, checkpoint=path, identity=IDENTITY)
+    with pytest.warns(UserWarning, match="it has 12 steps, more than the 5 asked for"):
+        result = train(Walk(), 5, checkpoint=path, identity=IDENTITY)
+    assert result.series == {name: values[:5] for name, values in whole.items()}
+
+
+def test_a_kill_inside_a_write_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch, whole):
+    path = tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(Walk(5), STEPS, checkpoint=path, identity=IDENTITY, interval=0.0)
+    before = path.read_bytes()
+
+    def power_cut(descriptor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(Walk(), STEPS, checkpoint=path, identity=IDENTITY, interval=0.0)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+    assert train(Walk(), STEPS, checkpoint=path, identity=IDENTITY).series == whole
 
 
 def test_progress_goes_to_stderr(tmp_path, capsys):

@@ -11,6 +11,7 @@ in ``record.json`` these three are the strings ``"nan"``, ``"inf"`` and ``"-inf"
 back into floats; a string with one of these values is refused by :func:`save`.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -20,6 +21,8 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +36,10 @@ FORMAT = 1
 _PACKAGE = Path(__file__).resolve().parent
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+# A temporary file this old, in seconds, was left behind by a writer that was killed.
+_STALE = 24 * 3600
 
 
 class RecordError(Exception):
@@ -78,6 +85,8 @@ class Record:
 
 
 def _column(name: str, values: Any) -> np.ndarray:
+    if not isinstance(name, str) or "\n" in name or "\r" in name:
+        raise ValueError(f"a column's name must be a string without line breaks, got {name!r}")
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"column {name!r} must have one dimension, got shape {array.shape}")
@@ -86,7 +95,13 @@ def _column(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"column {name!r} must hold booleans, numbers or strings, got dtype {array.dtype}")
     if array.dtype.kind == "U" and any("\n" in text or "\r" in text for text in array.tolist()):
         raise ValueError(f"column {name!r} must not hold line breaks, which text files cannot keep apart")
-    return array.astype(kinds[array.dtype.kind])
+    column = array.astype(kinds[array.dtype.kind])
+    # numpy turns mixed lists into strings, wide integers into floats or wraps them, and drops trailing NULs.
+    for kept, given in zip(column.tolist(), list(values), strict=True):
+        same_kind = isinstance(kept, bool) == isinstance(given, bool | np.bool_)
+        if not (same_kind and (kept == given or (kept != kept and given != given))):
+            raise ValueError(f"column {name!r} cannot hold {given!r} unchanged, it would become {kept!r}")
+    return column
 
 
 def source_hash() -> str:
@@ -258,11 +273,13 @@ def load(path: str | Path) -> Record:
         path = path.parent
     json_path, csv_path = path / "record.json", path / "series.csv"
     try:
-        content = json.loads(json_path.read_bytes())
+        content = json.loads(json_path.read_bytes(), parse_constant=_refuse_constant)
         series = _normalise(csv_path.read_bytes())
     except FileNotFoundError as error:
         raise RecordError(f"{error.filename}: no such file; the record is missing or incomplete") from None
-    except ValueError as error:
+    except OSError as error:
+        raise RecordError(f"{error.filename}: {error.strerror}; the record cannot be read") from None
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{json_path}: not valid JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -272,28 +289,48 @@ def load(path: str | Path) -> Record:
     if claimed != actual:
         raise RecordError(f"{json_path}: content has sha256 {actual}, but the file says {claimed}")
     content = _decode(content)
-    claimed, actual = content["provenance"]["series_sha256"], _sha256(series)
-    if claimed != actual:
-        raise RecordError(f"{csv_path}: sha256 is {actual}, but record.json says {claimed}")
-    return Record(
-        experiment=content["experiment"],
-        profile=content["profile"],
-        config=content["config"],
-        scalars=content["scalars"],
-        series=_from_csv(series, content["columns"]),
-        provenance=content["provenance"],
-    )
+    try:
+        claimed, actual = content["provenance"]["series_sha256"], _sha256(series)
+        if claimed != actual:
+            raise RecordError(f"{csv_path}: sha256 is {actual}, but record.json says {claimed}")
+        return Record(
+            experiment=content["experiment"],
+            profile=content["profile"],
+            config=content["config"],
+            scalars=content["scalars"],
+            series=_from_csv(series, content["columns"]),
+            provenance=content["provenance"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RecordError(f"{json_path}: not a whole record: {type(error).__name__}: {error}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name and rename, so that ``path`` is never seen half-written."""
-    # One fixed name: what a killed write left behind is overwritten by the next one.
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write to a name of its own and rename: ``path`` is never seen half-written, not with many writers."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(OSError):  # another writer may have been faster
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            # Temporary files are private; a record is as readable as any file that this process makes.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _normalise(data: bytes) -> bytes:

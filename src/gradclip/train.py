@@ -6,6 +6,7 @@ On one device with one number of threads, a run that was killed and started agai
 series as one that was not, if its operations are deterministic: on the CPU they are, on CUDA some are not.
 """
 
+import hashlib
 import io
 import pickle
 import sys
@@ -20,6 +21,9 @@ import torch
 from tqdm import tqdm
 
 from gradclip.records import write_atomically
+
+# What reading a file that is not a checkpoint, or not a whole one, can raise.
+_UNREADABLE = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 class Run(Protocol):
@@ -79,15 +83,15 @@ def train(
         ValueError: ``steps`` is less than 1.
 
     Warns:
-        UserWarning: A checkpoint is ignored because it is unreadable or belongs to another run; says which
-            part of the identity differs.
+        UserWarning: A checkpoint is ignored because it is damaged, has more steps than asked for, or belongs
+            to another run; says which part of the identity differs.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     path = Path(checkpoint)
     rows: list[Mapping[str, float]] = []
     seconds = 0.0
-    saved = _read(path, dict(identity))
+    saved = _read(path, dict(identity), steps)
     if saved is not None:
         rows, seconds = saved["rows"], saved["seconds"]
         run.load_state_dict(saved["state"])
@@ -106,8 +110,9 @@ def train(
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
+        payload = buffer.getvalue()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, hashlib.sha256(payload).digest() + payload)
 
     # A log file gets a line every ten seconds; a terminal gets a moving bar.
     pause = 0.2 if sys.stderr.isatty() else 10.0
@@ -127,14 +132,29 @@ def train(
     return Result({name: [row[name] for row in rows] for name in rows[0]}, seconds)
 
 
-def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _read(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        data = path.read_bytes()
+        digest, payload = data[:32], data[32:]
+        # A flipped bit in a tensor would load without complaint, and the run go on to other numbers.
+        if hashlib.sha256(payload).digest() != digest:
+            raise ValueError("its hash does not fit")
         # weights_only: a checkpoint holds tensors and plain values, and nothing in it can run code.
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        found = saved["identity"]
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        saved = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+        if not isinstance(saved, dict):
+            raise TypeError(f"it holds a {type(saved).__name__}")
+        found, rows = dict(saved["identity"]), len(saved["rows"])
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         warnings.warn(
             f"ignoring checkpoint {path}: unreadable ({type(error).__name__}); starting over", stacklevel=3
         )
@@ -147,8 +167,11 @@ def _read(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             f"{key}={found.get(key, 'absent')!r} instead of {identity.get(key, 'absent')!r}"
             for key in differing
         )
-        warnings.warn(
-            f"ignoring checkpoint {path}: it belongs to another run, with {was}; starting over", stacklevel=3
-        )
-        return None
+        return _ignore(path, f"it belongs to another run, with {was}")
+    if rows > steps:
+        return _ignore(path, f"it has {rows} steps, more than the {steps} asked for")
     return saved
+
+
+def _ignore(path: Path, reason: str) -> None:
+    warnings.warn(f"ignoring checkpoint {path}: {reason}; starting over", stacklevel=4)
