@@ -61,6 +61,8 @@ def test_equal_elements_do_not_add_up_their_rounding_errors():
     for value in torch.rand(20, generator=torch.Generator().manual_seed(1)):
         x = torch.full((10**6,), value.item())
         assert total_norm(x).item() == pytest.approx(value.item() * 1000, rel=ACCURACY)
+        small = x.split(9999)  # 101 tensors, which the library collects in buffers
+        assert total_norm(small).item() == pytest.approx(value.item() * 1000, rel=ACCURACY)
 
 
 shapes = st.lists(
@@ -144,6 +146,36 @@ def test_large_half_precision_tensors_are_widened_in_pieces():
     assert total_norm(x).item() == pytest.approx(0.5 * math.sqrt(2**20 + 77), rel=ACCURACY)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_many_small_tensors_among_large_ones(dtype):
+    # More than one buffer of small tensors, some of them strided, and large tensors between them.
+    sizes = [0, 1, 127, 9000, 20_000, 16_384, 3] * 25
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(n, 2, generator=generator).to(dtype)[:, n % 2] for n in sizes]
+    tensors += [torch.randn(140, 150, generator=generator).to(dtype).t()]
+    accuracy = ACCURACY if dtype != torch.float64 else 10_000 * EPS  # 9 million squares in rows of 128
+    assert total_norm(tensors).item() == pytest.approx(oracle(*tensors), rel=accuracy)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_zeros_and_nonfinite_elements_need_no_scaled_copy(value):
+    class Divisions(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "div" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    tensors = [torch.full((50_000,), value), torch.full((3,), value)]
+    with Divisions() as divisions:
+        norm = total_norm(tensors)
+    np.testing.assert_array_equal(norm.numpy(), np.float32(value))
+    assert divisions.count == 0
+    with Divisions() as divisions:
+        total_norm(torch.full((50_000,), 1e-30))
+    assert divisions.count > 0  # so that the count of 0 says something
+
+
 def test_generator_and_single_tensor_and_no_autograd_history():
     x = torch.tensor([3.0, 4.0], requires_grad=True)
     assert total_norm(t for t in [x, 12 * torch.ones(1)]).item() == 13.0
@@ -169,6 +201,14 @@ def test_unsuitable_tensors(tensor, message):
         total_norm([torch.zeros(1), tensor])
 
 
+@pytest.mark.parametrize("thing", [None, 1.0, "a"])
+def test_what_is_no_tensor_is_named(thing):
+    with pytest.raises(TypeError, match=f"tensor 1 must be a tensor, got {thing!r}"):
+        total_norm([torch.zeros(1), thing])
+    with pytest.raises(TypeError, match=f"parameter 1 must be a tensor, got {thing!r}"):
+        clip_grad_([torch.zeros(1), thing], 1.0)
+
+
 @pytest.fixture
 def mesh():
     with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +217,8 @@ def mesh():
         dist.destroy_process_group()
 
 
+# Older torch warns about random numbers, of which there are none here.
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 def test_distributed_tensors(mesh):
     x = torch.arange(6.0).reshape(3, 2)
     for placements in (
@@ -316,6 +358,10 @@ def test_skip_zeroes_every_gradient(bad, rule):
     parameters = parameters_with(torch.tensor([1.0, bad]), torch.tensor([2.0]))
     assert not math.isfinite(clip_grad_(parameters, 1.0, rule=rule, nonfinite="skip").item())
     assert [p.grad.tolist() for p in parameters] == [[0.0, 0.0], [0.0]]
+    parameters[0].grad[1] = bad
+    if rule != "normalize":  # no threshold, so that the factor of an infinite norm is 1
+        clip_grad_(parameters, math.inf, rule=rule, nonfinite="skip")
+        assert parameters[0].grad.tolist() == [0.0, 0.0]
 
 
 def test_raise_names_the_first_bad_gradient_and_changes_nothing():
@@ -362,11 +408,20 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         clip_grad_(parameters, **{"max_norm": 1.0, **options})
     assert parameters[0].grad.tolist() == [3.0, 4.0]
+    with pytest.raises(TypeError, match="max_norm must be a number, got None of type NoneType"):
+        clip_grad_(parameters, None)
 
 
-def test_no_parameters():
+def test_what_torch_does_not_refuse():
+    # The differences that the documentation of clip_grad_ names, torch's side first.
+    parameters = parameters_with(torch.tensor([3.0, 4.0]))
+    assert nn.utils.clip_grad_norm_([], 1.0).item() == 0.0
     with pytest.raises(ValueError, match="no parameters"):
         clip_grad_(iter([]), 1.0)
+    nn.utils.clip_grad_norm_(parameters, 0.0)
+    assert parameters[0].grad.tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"max_norm must be positive, got 0\.0"):
+        clip_grad_(parameters, 0.0)
 
 
 def test_sparse_and_complex_gradients_are_refused_by_index():

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import tempfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from gradclip.norms import total_norm
@@ -238,6 +240,16 @@ def test_bad_options(options, message):
         ClippedSGD(make_parameters([(1,)]), **{"lr": 0.1, "max_norm": 1.0, **options})
 
 
+@pytest.mark.parametrize("value", [None, "1", [1.0], torch.tensor([1.0]), np.array([1.0])])
+def test_wrong_types_are_named_with_their_value(value):
+    for name in ("lr", "max_norm", "momentum", "weight_decay"):
+        with pytest.raises(TypeError, match=rf"{name} must be a number.*, got {re.escape(repr(value))}"):
+            ClippedSGD(make_parameters([(1,)]), **{"lr": 0.1, "max_norm": 1.0, name: value})
+    for name in ("rule", "scope", "nonfinite"):
+        with pytest.raises(ValueError, match=f"{name} must be one of "):
+            ClippedSGD(make_parameters([(1,)]), **{"lr": 0.1, "max_norm": 1.0, name: value})
+
+
 def test_parameters_without_gradients_are_left_alone():
     a, b = make_parameters([(3,), (3,)])
     set_gradients([a], 0)
@@ -324,14 +336,96 @@ def test_skipped_steps_are_not_shared_with_saved_and_loaded_states(run_step):
     saved = optimizer.state_dict()
     a[0].grad = torch.full_like(a[0], math.inf)
     run_step(optimizer)
-    assert saved["skipped_steps"].item() == 0
+    assert saved["param_groups"][0]["skipped_steps"].item() == 0
     saved = optimizer.state_dict()
     other = ClippedSGD(b, lr=0.1, max_norm=1.0)
     other.load_state_dict(saved)
     b[0].grad = torch.full_like(b[0], math.inf)
     run_step(other)
-    assert (saved["skipped_steps"].item(), other.skipped_steps.item()) == (1, 2)
+    assert (saved["param_groups"][0]["skipped_steps"].item(), other.skipped_steps.item()) == (1, 2)
     assert optimizer.skipped_steps.item() == 1
+
+
+def changed(state, **options):
+    """The state dict with other options in its groups; None takes one out."""
+    state = copy.deepcopy(state)
+    for group in state["param_groups"]:
+        group.update(options)
+        for name in [name for name, value in options.items() if value is None]:
+            del group[name]
+    return state
+
+
+def test_a_state_that_cannot_be_loaded_changes_nothing():
+    parameters = make_parameters([(3,)])
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=1.0, momentum=0.9)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    own = optimizer.state_dict()
+    foreign = torch.optim.SGD(make_parameters([(3,)]), lr=0.3, momentum=0.9).state_dict()
+    two_groups = ClippedSGD([{"params": [p]} for p in make_parameters([(3,), (2,)])], lr=0.3, max_norm=2.0)
+    for state, error, message in [
+        (
+            foreign,
+            ValueError,
+            "no state of ClippedSGD: its parameter group 0 lacks max_norm, rule, scope, nonfin",
+        ),
+        (changed(own, momentum=None), ValueError, "parameter group 0 lacks momentum"),
+        (changed(own, lr=0.3, max_norm=-1.0), ValueError, r"max_norm must be positive, got -1\.0"),
+        (changed(own, max_norm=2.0, lr="1"), TypeError, "lr must be a number, got '1'"),
+        (changed(own, lr=0.3, rule="firm"), ValueError, "rule must be one of .* got 'firm'"),
+        (two_groups.state_dict(), ValueError, "different number of parameter groups"),
+    ]:
+        with pytest.raises(error, match=message):
+            optimizer.load_state_dict(state)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == own["param_groups"]
+        assert bits([now["state"][0]["momentum_buffer"]]) == bits([own["state"][0]["momentum_buffer"]])
+    set_gradients(parameters, 1)
+    optimizer.step()  # it still works
+    assert optimizer.last_norm.item() == total_norm([p.grad for p in parameters]).item()
+
+
+def test_hooks_change_what_is_loaded_and_checked():
+    optimizer = ClippedSGD(make_parameters([(3,)]), lr=0.1, max_norm=1.0)
+    state = optimizer.state_dict()
+    hook = optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: changed(state, skipped_steps=torch.tensor(7), lr=0.5)
+    )
+    optimizer.load_state_dict(changed(state, lr=None))
+    assert optimizer.skipped_steps.item() == 7
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert "skipped_steps" not in optimizer.param_groups[0]
+    hook.remove()
+    optimizer.load_state_dict(changed(state, skipped_steps=None))
+    assert optimizer.skipped_steps.item() == 0
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: changed(state, lr=-1.0))
+    with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
+        optimizer.load_state_dict(state)
+
+
+def test_distributed_checkpoint_round_trip(mesh):
+    def model_and_optimizer(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.2}]
+        return model, ClippedSGD(groups, lr=0.1, max_norm=1.0, momentum=0.9, nonfinite="skip")
+
+    with torch.random.fork_rng():
+        first, optimizer = model_and_optimizer(0)
+        second, resumed = model_and_optimizer(1)
+    set_gradients(first.parameters(), 0)
+    optimizer.step()
+    first.bias.grad[0] = math.nan
+    optimizer.step()
+    # A copy, as a file would be: torch hands out the momentum itself, and keeps what it is given.
+    set_optimizer_state_dict(second, resumed, copy.deepcopy(get_optimizer_state_dict(first, optimizer)))
+    second.load_state_dict(first.state_dict())
+    assert resumed.skipped_steps.item() == 1
+    for model, each in ((first, optimizer), (second, resumed)):
+        set_gradients(model.parameters(), 1)
+        each.step()
+    assert bits(first.parameters()) == bits(second.parameters())
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -543,21 +637,31 @@ def test_from_smoothness_passes_options_on():
     )
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
-def test_from_smoothness_explains_the_limits(bad):
-    parameters = make_parameters([(1,)])
-    with pytest.raises(ValueError, match=rf"L0 must be positive and finite, got {bad}.*rule='normalize'"):
-        ClippedSGD.from_smoothness(parameters, bad, 1.0)
-    with pytest.raises(ValueError, match=rf"L1 must be positive and finite, got {bad}.*max_norm = inf"):
-        ClippedSGD.from_smoothness(parameters, 1.0, bad)
+@pytest.mark.parametrize(
+    ("L0", "L1"), [(-1.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.inf), (1e-320, 1.0)]
+)
+def test_from_smoothness_refuses_what_has_no_step(L0, L1):
+    with pytest.raises(ValueError, match=r"must be .*, got"):
+        ClippedSGD.from_smoothness(make_parameters([(1,)]), L0, L1)
 
 
-def test_recommended_limits_work():
-    # The error for L1 = 0 recommends gradient descent with lr = 1/L0, that for L0 = 0 steps of length 1/L1.
+@pytest.mark.parametrize("value", [None, "1", [1.0], torch.tensor(1.0)])
+def test_from_smoothness_names_wrong_types(value):
+    message = re.escape(f"must be a number, got {value!r} of type")
+    with pytest.raises(TypeError, match=f"L0 {message}"):
+        ClippedSGD.from_smoothness(make_parameters([(1,)]), value, 1.0)
+    with pytest.raises(TypeError, match=f"L1 {message}"):
+        ClippedSGD.from_smoothness(make_parameters([(1,)]), 1.0, value)
+
+
+def test_the_limits_of_from_smoothness():
+    # L1 = 0 is gradient descent with lr = 1/L0; for L0 = 0 the error recommends steps of length 1/L1.
     x, y = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x.grad = y.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    ClippedSGD([x], lr=1 / 8.0, max_norm=math.inf).step()
+    ClippedSGD.from_smoothness([x], 8.0, 0.0).step()
     assert x.tolist() == [-3 / 8, -4 / 8]
+    with pytest.raises(ValueError, match=r"L0 must be positive, got 0\.0.*lr \* max_norm = 1/L1"):
+        ClippedSGD.from_smoothness([y], 0.0, 2.0)
     ClippedSGD([y], lr=1.0, max_norm=1 / 2.0, rule="normalize").step()
     assert total_norm(y).item() == pytest.approx(1 / 2.0, rel=8 * EPS)
 
@@ -570,6 +674,8 @@ def mesh():
         dist.destroy_process_group()
 
 
+# Older torch warns about random numbers, of which there are none here.
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}])
 def test_distributed_parameters_step_like_plain_ones(mesh, options):
     plain = make_parameters([(4, 3), (5,)])

@@ -1,4 +1,5 @@
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -179,6 +180,29 @@ def test_bad_rule_and_norm():
         TypeError, match=r"norm must be a float or a floating-point tensor, got dtype torch\.int64"
     ):
         clip_factor(torch.tensor([1, 2]), 1.0)
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0], 1j, torch.tensor(1.0), np.array([1.0, 2.0])])
+def test_wrong_types_are_named_with_their_value(value):
+    message = f"must be a number, got {value!r} of type {type(value).__name__}"
+    with pytest.raises(TypeError, match=re.escape(f"max_norm {message}")):
+        clip_factor(1.0, value)
+    if not isinstance(value, torch.Tensor):
+        with pytest.raises(TypeError, match=re.escape(f"norm {message}")):
+            clip_factor(value, 1.0)
+
+
+def test_scalars_of_numpy_are_numbers():
+    for kind in (np.float32, np.float64, np.int64):
+        factor = clip_factor(kind(4), kind(1))
+        assert type(factor) is float
+        assert factor == 0.25
+
+
+@pytest.mark.parametrize("rule", [["hard"], None, np.array(["hard", "soft"])])
+def test_a_rule_that_is_no_string(rule):
+    with pytest.raises(ValueError, match="rule must be one of 'hard', 'soft', 'normalize', 'log', got "):
+        clip_factor(1.0, 1.0, rule)
 
 
 @pytest.mark.parametrize("rule", RULES)

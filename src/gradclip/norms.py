@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,9 @@ NONFINITE = ("propagate", "skip", "raise")
 _ROW = 128
 # Half-precision tensors are widened a piece at a time: the copy stays in the cache.
 _PIECE = 2**19
+# Up to some 20,000 elements it is quicker to copy a tensor than to make another call for it. Copies are
+# collected in buffers of about _PIECE elements.
+_SMALL = 2**14
 
 
 @torch.no_grad()
@@ -33,8 +37,10 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
     How, and what it costs:
 
     - On a CPU, squares are summed in rows of 128 elements (in float32, for float64 tensors in float64), and
-      the norms of the rows in float64: one pass, no copy. Only when the result shows that squares have over-
-      or underflowed does a second pass work on temporary copies, divided by the largest element.
+      the norms of the rows in float64. This takes one pass without a copy; only tensors of up to 16,384
+      elements are copied together first, because hundreds of calls for little work would take longer. Only
+      when the result shows that squares have over- or underflowed does a second pass look for the largest
+      element and, unless it is 0 or inf, a third one work on temporary copies divided by it.
     - On an accelerator, and inside ``torch.compile``, the squares of float32 and half-precision elements are
       summed in float64, whose range they cannot leave: one pass, no wait for the device.
     - float64 tensors there are always divided by their largest element first: two passes and a temporary
@@ -42,7 +48,7 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
       float64.
 
     A :class:`~torch.distributed.tensor.DTensor` counts with all its shards, once each. Every rank of its mesh
-    must call this function; one number per rank travels for each mesh and way of sharding.
+    must call this function; one number per rank travels for each mesh, way of sharding and dtype.
 
     Args:
         tensors: One tensor or an iterable of floating-point tensors of any shapes, dtypes and devices. Empty
@@ -54,7 +60,8 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
         autograd history.
 
     Raises:
-        TypeError: If a tensor is sparse, complex or of integers; the message gives its index.
+        TypeError: If an element of ``tensors`` is no tensor, or sparse, complex or of integers; the message
+            gives its index.
 
     Example:
         >>> import torch
@@ -67,26 +74,8 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if not tensors:
         return torch.zeros(())
-    groups = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        _check_dense(tensor, "tensor {}".format, index)
-        mesh, sharded = None, ()
-        if _is_dtensor(tensor):
-            tensor = _reduced(tensor)
-            mesh, sharded = tensor.device_mesh, tuple(place.is_shard() for place in tensor.placements)
-        sum_dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        groups[mesh, sharded, tensor.device, sum_dtype].append(local(tensor))
-
-    device = tensors[0].device
-    norms = []
-    for (mesh, sharded, _, sum_dtype), members in groups.items():
-        norm = _norm(members, sum_dtype)
-        if mesh is not None:
-            norm = _norm_over_mesh(norm, mesh, sharded)
-        norms.append(norm.to(device))
-    norm = norms[0] if len(norms) == 1 else _scaled_norm([torch.stack(norms)], norms[0].dtype)
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    return norm.to(dtype)
+    _check_dense(tensors, "tensor {}".format)
+    return norm_of_dense(tensors)
 
 
 @torch.no_grad()
@@ -98,11 +87,17 @@ def clip_grad_(
     scope: str = "global",
     nonfinite: str = "propagate",
 ) -> Tensor:
-    r"""Clip the gradients of ``parameters`` in place; a drop-in for :func:`torch.nn.utils.clip_grad_norm_`.
+    r"""Clip the gradients of ``parameters`` in place, as :func:`torch.nn.utils.clip_grad_norm_` does.
 
     Every ``.grad`` is multiplied by :func:`~gradclip.rules.clip_factor` of the norm of all gradients
-    together. Two differences from torch: the norm is accurate for any size (see :func:`total_norm`), and the
-    factor is c/g where torch has c/(g + 1e-6).
+    together. What differs from torch:
+
+    - The norm is accurate for any size and magnitude (see :func:`total_norm`).
+    - The factor is c/g, where torch has c/(g + 1e-6).
+    - An empty ``parameters`` and ``max_norm=0`` are refused; torch returns 0 for the one and sets all
+      gradients to 0 for the other.
+    - There is no ``norm_type`` (the norm is Euclidean) and no ``foreach``; ``nonfinite="raise"`` stands for
+      ``error_if_nonfinite=True``.
 
     Args:
         parameters: One tensor or an iterable of tensors. Those without a gradient are ignored.
@@ -124,7 +119,8 @@ def clip_grad_(
 
     Raises:
         ValueError: If ``parameters`` is empty, ``max_norm`` is not positive, or an option is unknown.
-        TypeError: If a gradient is sparse or complex; the message gives the index of the parameter.
+        TypeError: If ``max_norm`` is not a number, an element of ``parameters`` is not a tensor, or a
+            gradient is sparse or complex; the message gives the index of the parameter.
         RuntimeError: With ``nonfinite="raise"``, naming the first parameter with a non-finite gradient.
 
     Example:
@@ -145,14 +141,13 @@ def clip_grad_(
         raise ValueError("no parameters: got an empty iterable (a generator can be used only once)")
 
     gradients = dense_gradients(parameters, "parameter {}".format)
-    norm = total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
+    norm = norm_of_dense(gradients) if gradients else torch.zeros((), device=parameters[0].device)
     if nonfinite == "raise":
         require_finite(norm, parameters, "parameter {}".format)
     factor = clip_factor(norm, max_norm, rule)
-    locals_by_device = defaultdict(list)
-    for gradient in map(local, gradients):
-        locals_by_device[gradient.device].append(gradient)
-    for device, members in locals_by_device.items():
+    if on_host(factor) and factor == 1 and norm.isfinite():
+        return norm
+    for (device, _), members in by_device_and_dtype(local_parts(gradients)).items():
         torch._foreach_mul_(members, factor.to(device))
         if nonfinite == "skip":
             # A mask, because 0 * inf and 0 * nan are nan.
@@ -164,12 +159,38 @@ def clip_grad_(
 
 def dense_gradients(parameters: Sequence[Tensor], label: Callable[[int], str]) -> list[Tensor]:
     """The gradients that exist, once it is clear that they can be clipped; ``label`` names a parameter."""
-    gradients = []
     for index, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            _check_dense(parameter.grad, lambda i: f"the gradient of {label(i)}", index)
-            gradients.append(parameter.grad)
-    return gradients
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{label(index)} must be a tensor, got {reprlib.repr(parameter)}")
+    gradients = [parameter.grad for parameter in parameters]
+    _check_dense(gradients, lambda index: f"the gradient of {label(index)}", optional=True)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def norm_of_dense(tensors: list[Tensor]) -> Tensor:
+    """:func:`total_norm` of at least one tensor, without its checks."""
+    if _any_dtensor(tensors):
+        layouts = defaultdict(list)
+        for tensor in tensors:
+            layout = None
+            if _any_dtensor([tensor]):
+                tensor = _reduced(tensor)
+                layout = tensor.device_mesh, tuple(place.is_shard() for place in tensor.placements)
+            layouts[layout].append(local(tensor))
+    else:
+        layouts = {None: tensors}
+
+    norms, dtypes = [], []
+    for layout, members in layouts.items():
+        for (_, dtype), alike in by_device_and_dtype(members).items():
+            norm = _norm(alike, torch.promote_types(dtype, torch.float32))
+            norms.append(norm if layout is None else _norm_over_mesh(norm, *layout))
+            dtypes.append(dtype)
+    device = tensors[0].device
+    norm = norms[0].to(device)
+    if len(norms) > 1:
+        norm = _scaled_norm([torch.stack([n.to(device) for n in norms])], norm.dtype)
+    return norm.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
 
 
 def require_finite(norm: Tensor, parameters: Sequence[Tensor], label: Callable[[int], str]) -> None:
@@ -197,15 +218,34 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def by_device_and_dtype(
+    tensors: list[Tensor],
+) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """The tensors in groups of one device and dtype, in which a foreach function takes one launch."""
+    kinds = [(tensor.device, tensor.dtype) for tensor in tensors]
+    groups = {kind: [] for kind in kinds}
+    if len(groups) == 1:
+        return {kinds[0]: tensors}
+    for kind, tensor in zip(kinds, tensors, strict=True):
+        groups[kind].append(tensor)
+    return groups
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+    return tensor.to_local() if _any_dtensor([tensor]) else tensor
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def local_parts(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`local` of each tensor."""
+    return [local(tensor) for tensor in tensors] if _any_dtensor(tensors) else tensors
+
+
+def _any_dtensor(tensors: list[Tensor]) -> bool:
     # A DTensor exists only once its module is loaded, and loading it costs half as much as torch itself.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    # Types first: there are one or two of them in a list of hundreds of tensors.
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in {type(t) for t in tensors})
 
 
 def _reduced(dtensor: Tensor) -> Tensor:
@@ -221,60 +261,90 @@ def _norm_over_mesh(norm: Tensor, mesh, sharded: tuple[bool, ...]) -> Tensor:
 
     placements = [Shard(dim) if split else Replicate() for dim, split in enumerate(sharded)]
     norms = DTensor.from_local(norm.reshape((1,) * mesh.ndim), mesh, placements, run_check=False)
-    return _scaled_norm([norms.full_tensor()], norm.dtype)
+    return _scaled_norm([norms.full_tensor().reshape(-1)], norm.dtype)
 
 
-def _check_dense(tensor: Tensor, label: Callable[[int], str], index: int) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{label(index)} must be dense, got layout {tensor.layout}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{label(index)} must be real and floating-point, got dtype {tensor.dtype}")
+def _check_dense(
+    tensors: Sequence[Tensor | None], label: Callable[[int], str], *, optional: bool = False
+) -> None:
+    """Raise :class:`TypeError` for the first tensor that has no norm here; None passes if ``optional``."""
+    for index, tensor in enumerate(tensors):
+        if tensor is None and optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label(index)} must be a tensor, got {reprlib.repr(tensor)}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{label(index)} must be dense, got layout {tensor.layout}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{label(index)} must be real and floating-point, got dtype {tensor.dtype}")
 
 
 def _norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
-    """Norm of tensors on one device, in the device's widest dtype, whatever the magnitude of the elements."""
+    """Norm of tensors of one device and dtype, in the device's widest dtype, whatever their magnitude."""
     if on_host(tensors[0]):
-        norm = _unscaled_norm(tensors, sum_dtype)
+        blocks = _blocks(tensors)
+        norm = _unscaled_norm(blocks, sum_dtype)
         # A square below the smallest normal number may be lost. Above this floor, all of them together change
         # the sum of squares by less than one unit in its last place.
         numbers = torch.finfo(sum_dtype)
-        floor = math.sqrt(sum(t.numel() for t in tensors) * (numbers.tiny / numbers.eps))
-        return norm if floor < norm.item() < math.inf else _scaled_norm(tensors, sum_dtype)
+        floor = math.sqrt(sum(block.numel() for block in blocks) * (numbers.tiny / numbers.eps))
+        value = norm.item()
+        # Squares, which are not negative, add up to nan only if one of them is nan.
+        exact = floor < value < math.inf or math.isnan(value)
+        return norm if exact else _scaled_norm(blocks, sum_dtype)
     if sum_dtype == torch.float32 and widest_dtype(tensors[0].device) == torch.float64:
         return _unscaled_norm(tensors, torch.float64)
     return _scaled_norm(tensors, sum_dtype)
 
 
 def _scaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
+    """As :func:`_unscaled_norm`, of tensors divided by the largest element."""
+    wide = widest_dtype(tensors[0].device)
     tensors = [t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)]
     largest = torch.stack([t.to(sum_dtype) for t in torch._foreach_norm(tensors, math.inf)]).max()
+    if on_host(largest) and (largest == 0 or largest == math.inf):
+        return largest.to(wide)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     norms = [_unscaled_norm([t.to(sum_dtype) / scale], sum_dtype) for t in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) * scale
 
 
 def _unscaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
+    """Norm of tensors of one device; on a CPU they must have one dimension."""
     wide = widest_dtype(tensors[0].device)
     if on_host(tensors[0]):
-        short = [t for t in tensors if t.numel() <= _ROW]
-        norms = list(torch._foreach_norm(short, 2, dtype=sum_dtype)) if short else []
-        for tensor in tensors:
-            if tensor.numel() > _ROW:
-                norms += _row_norms(tensor, sum_dtype)
+        norms = [norm for tensor in tensors for norm in _row_norms(tensor, sum_dtype)]
     else:
         norms = torch._foreach_norm(tensors, 2, dtype=wide)
     return torch.linalg.vector_norm(torch.cat([n.reshape(-1) for n in norms]), dtype=wide)
 
 
-def _row_norms(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Norms of the rows of length 128 that a tensor can be cut into, and of what is left."""
-    if not tensor.is_contiguous():
-        # Elements may come in any order, so that transposed or channels-last tensors are flat without a copy.
-        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-    flat = tensor.reshape(-1)
+def _blocks(tensors: list[Tensor]) -> list[Tensor]:
+    """The elements of tensors of one device and dtype, in any order, in few tensors of one dimension."""
+    blocks, small, size = [], [], 0
+    for tensor in tensors:
+        count = tensor.numel()
+        if count > _SMALL:
+            if not tensor.is_contiguous():
+                # Transposed or channels-last tensors become contiguous, and then flat, without a copy.
+                tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+            blocks.append(tensor.reshape(-1))
+            continue
+        small.append(tensor)
+        size += count
+        if size > _PIECE:
+            blocks.append(torch._utils._flatten_dense_tensors(small))
+            small, size = [], 0
+    if small:
+        blocks.append(torch._utils._flatten_dense_tensors(small))
+    return blocks
+
+
+def _row_norms(flat: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Norms of the rows of length 128 that a tensor of one dimension can be cut into, and of what is left."""
     norms = []
     for piece in [flat] if flat.dtype == dtype else flat.split(_PIECE):
-        rest = len(piece) % _ROW
+        rest = piece.numel() % _ROW
         if rest:
             norms.append(torch.linalg.vector_norm(piece[-rest:], dtype=dtype))
             piece = piece[:-rest]

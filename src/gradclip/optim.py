@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,13 +11,19 @@ from torch import Tensor
 from gradclip.norms import (
     NONFINITE,
     SCOPES,
+    by_device_and_dtype,
     dense_gradients,
     local,
+    local_parts,
+    norm_of_dense,
     on_host,
     require_finite,
-    total_norm,
 )
-from gradclip.rules import check_choice, check_rule, clip_factor
+from gradclip.rules import check_choice, check_number, check_rule, clip_factor
+from gradclip.smoothness.fit import recommend
+
+_SHARED = ("max_norm", "rule", "scope", "nonfinite")
+_OPTIONS = ("lr", *_SHARED, "momentum", "nesterov", "weight_decay", "maximize")
 
 
 class ClippedSGD(torch.optim.Optimizer):
@@ -68,7 +73,8 @@ class ClippedSGD(torch.optim.Optimizer):
 
     Raises:
         ValueError: If an option is out of range or unknown, or if groups disagree about a shared one.
-        TypeError: From :meth:`step`, if a gradient is sparse or complex, naming the parameter.
+        TypeError: If an option that has to be a number is something else, and from :meth:`step`, if a
+            gradient is sparse or complex, naming the parameter.
         RuntimeError: From :meth:`step` with ``nonfinite="raise"``, naming the parameter.
 
     Example:
@@ -126,7 +132,7 @@ class ClippedSGD(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``nonfinite="skip"`` has skipped, 0-dim; kept in :meth:`state_dict`."""
+        """How many steps ``nonfinite="skip"`` has skipped, 0-dim; saved and loaded with the state."""
         return self._skipped.clone()
 
     @classmethod
@@ -142,19 +148,20 @@ class ClippedSGD(torch.optim.Optimizer):
         r"""The optimizer for an (L0, L1)-smooth function: lr = 1/L0 and max_norm = L0/L1.
 
         The step is then g/(L0 + L1 ‖g‖) with ``rule="soft"``, and with ``rule="log"`` the one that minimises
-        the sharp descent bound.
+        the sharp descent bound. The two numbers are those of ``gradclip.recommend``.
 
         Args:
             params: As for the class.
             L0: Curvature where the gradient vanishes, positive and finite, in units of gradient over length.
-            L1: Growth of the curvature with the gradient norm, positive and finite, in units of 1 over
-                length.
+            L1: Growth of the curvature with the gradient norm, non-negative and finite, in units of 1 over
+                length. 0 gives plain gradient descent: lr = 1/L0 and max_norm = inf.
             rule: As for the class.
             **kw: Other keyword arguments of the class.
 
         Raises:
-            ValueError: If L0 or L1 is not positive and finite. The limits exist but are other methods: for
-                L1 = 0 plain gradient descent, for L0 = 0 normalised descent with steps of length 1/L1.
+            ValueError: If L0 or L1 is out of range. The limit L0 = 0 is another method: normalised descent
+                with steps of length 1/L1.
+            TypeError: If L0 or L1 is not a number.
 
         References:
             Zhang, He, Sra and Jadbabaie, *Why gradient clipping accelerates training* (ICLR 2020),
@@ -167,31 +174,19 @@ class ClippedSGD(torch.optim.Optimizer):
             >>> [optimizer.defaults[key] for key in ("lr", "max_norm", "rule")]
             [0.25, 2.0, 'soft']
         """
-        if not 0 < L0 < math.inf:
-            raise ValueError(
-                f"L0 must be positive and finite, got {L0}. In the limit L0 = 0 the step is g/(L1 ‖g‖): "
-                "use rule='normalize' with lr * max_norm = 1/L1"
-            )
-        if not 0 < L1 < math.inf:
-            raise ValueError(
-                f"L1 must be positive and finite, got {L1}. In the limit L1 = 0 the gradient is L0-Lipschitz "
-                "and needs no clipping: use lr = 1/L0 with max_norm = inf"
-            )
-        return cls(params, lr=1 / L0, max_norm=L0 / L1, rule=rule, **kw)
+        check_number("L0", L0)
+        check_number("L1", L1)
+        advice = recommend(L0, L1)
+        return cls(params, lr=advice.lr, max_norm=advice.max_norm, rule=rule, **kw)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
             ValueError: If an option is out of range or unknown, or differs from a shared one.
+            TypeError: If an option that has to be a number is something else.
         """
-        options = {**self.defaults, **param_group}
-        _shared_options([*self.param_groups, options])
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= options[name] < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {options[name]}")
-        if options["nesterov"] and not options["momentum"]:
-            raise ValueError(f"nesterov needs a positive momentum, got momentum={options['momentum']}")
+        _check_groups([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -212,7 +207,7 @@ class ClippedSGD(torch.optim.Optimizer):
         max_norm, rule, nonfinite = _shared_options(self.param_groups)
         parameters = [p for group in self.param_groups for p in group["params"]]
         gradients = dense_gradients(parameters, self._label)
-        norm = total_norm(gradients) if gradients else self._last.new_zeros(())
+        norm = norm_of_dense(gradients) if gradients else self._last.new_zeros(())
         if nonfinite == "raise":
             require_finite(norm, parameters, self._label)
 
@@ -232,13 +227,31 @@ class ClippedSGD(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """State and options as for :class:`torch.optim.Optimizer`, and ``skipped_steps``."""
-        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        """State and options as for :class:`torch.optim.Optimizer`.
+
+        ``skipped_steps`` is an entry of the first parameter group: the tools of torch for distributed
+        checkpoints keep what is in ``state`` and ``param_groups``, and nothing else.
+        """
+        state_dict = super().state_dict()
+        state_dict["param_groups"][0]["skipped_steps"] = self.skipped_steps
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        super().load_state_dict(state_dict)
-        self._skipped = state_dict["skipped_steps"].clone().to(self._skipped.device)
+        """Restore what :meth:`state_dict` returned. A state without ``skipped_steps`` sets it to 0.
+
+        Raises:
+            ValueError: If the state is that of another optimizer or does not fit the parameters, or an option
+                in it is out of range or unknown. The optimizer then stays as it is.
+            TypeError: If an option that has to be a number is something else.
+        """
+        # The last of the hooks sees what will be loaded, and before anything is replaced.
+        check = self.register_load_state_dict_pre_hook(lambda _, state: _check_groups(state["param_groups"]))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            check.remove()
+        counts = [group.pop("skipped_steps") for group in self.param_groups if "skipped_steps" in group]
+        self._skipped = torch.as_tensor(sum(counts), dtype=torch.int64, device=self._skipped.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies and pickles its own three attributes only.
@@ -262,20 +275,22 @@ class ClippedSGD(torch.optim.Optimizer):
     def _update(self, factor: Tensor, only_if: Tensor | None = None) -> None:
         """Step with gradients times ``factor``; undone on the device if the 0-dim ``only_if`` is false."""
         for group in self.param_groups:
-            # Tensors of one device and dtype go through one kernel launch together.
-            alike = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    alike[parameter.device, parameter.dtype].append(parameter)
-            for (device, _), parameters in alike.items():
-                gradients = [_local_gradient(p) for p in parameters]
-                momenta = [local(self._momentum(p)) for p in parameters] if group["momentum"] else []
-                targets = [local(p) for p in parameters]
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            for (device, _), parameters in by_device_and_dtype(with_gradient).items():
+                momenta = [self._momentum(p) for p in parameters] if group["momentum"] else []
+                targets, momenta = local_parts(parameters), local_parts(momenta)
+                gradients = _local_gradients(parameters)
+                scale, lr = -factor if group["maximize"] else factor, group["lr"]
+                scale = scale.to(device)
+                if on_host(targets[0]):
+                    # Reading a number on a CPU costs nothing, and torch adds multiples of tensors by a number
+                    # in one pass without a temporary.
+                    scale, lr = scale.item(), float(lr)
                 if only_if is None:
-                    _sgd(targets, gradients, momenta, factor.to(device), group)
+                    _sgd(targets, gradients, momenta, scale, lr, group)
                     continue
                 before = [t.clone() for t in targets + momenta]
-                _sgd(targets, gradients, momenta, factor.to(device), group)
+                _sgd(targets, gradients, momenta, scale, lr, group)
                 for target, old in zip(targets + momenta, before, strict=True):
                     target.copy_(torch.where(only_if.to(device), target, old))
 
@@ -287,11 +302,15 @@ class ClippedSGD(torch.optim.Optimizer):
 
 
 def _sgd(
-    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], factor: Tensor, group: dict[str, Any]
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    scale: float | Tensor,
+    lr: float | Tensor,
+    group: dict[str, Any],
 ) -> None:
-    """The update of :class:`ClippedSGD`, for tensors of one device and dtype and a 0-dim ``factor``."""
-    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-    scale = -factor if group["maximize"] else factor
+    """The update of :class:`ClippedSGD` for gradients times ``scale``, of one device and dtype."""
+    momentum, decay = group["momentum"], group["weight_decay"]
     if not momentum and not decay:
         _add_scaled_(params, grads, -lr * scale)
         return
@@ -315,27 +334,52 @@ def _sgd(
 
 
 def _add_direction_(
-    targets: list[Tensor], params: list[Tensor], grads: list[Tensor], scale: Tensor, decay: float
+    targets: list[Tensor], params: list[Tensor], grads: list[Tensor], scale: float | Tensor, decay: float
 ) -> None:
     _add_scaled_(targets, grads, scale)
     if decay:
         torch._foreach_add_(targets, params, alpha=decay)
 
 
-def _add_scaled_(targets: list[Tensor], sources: list[Tensor], scale: Tensor) -> None:
-    """targets += scale * sources, for tensors of one device and dtype and a 0-dim ``scale``."""
-    first = targets[0]
-    if first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
-        # One pass without a temporary. Elsewhere it is one kernel launch per tensor instead of one for all,
-        # and in half precision it rounds the scale to three digits.
-        torch._foreach_addcmul_(targets, sources, [scale] * len(targets))
-    else:
+def _add_scaled_(targets: list[Tensor], sources: list[Tensor], scale: float | Tensor) -> None:
+    """targets += scale * sources, for tensors of one device and dtype and a number or 0-dim tensor."""
+    if isinstance(scale, Tensor) or targets[0].dtype not in (torch.float32, torch.float64):
+        # In half precision, too: there torch rounds alpha to three digits.
         torch._foreach_add_(targets, torch._foreach_mul(sources, scale))
+    else:
+        torch._foreach_add_(targets, sources, alpha=scale)
+
+
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    """Raise :class:`ValueError` or :class:`TypeError` unless these can be parameter groups together."""
+    for index, group in enumerate(groups):
+        missing = [name for name in _OPTIONS if name not in group]
+        if missing:
+            raise ValueError(
+                f"this is no state of ClippedSGD: its parameter group {index} lacks {', '.join(missing)}"
+            )
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            check_number("lr", lr)
+        elif lr.ndim or lr.is_complex():
+            raise TypeError(f"lr must be a number or a 0-dim tensor, got {lr}")
+        for name in ("momentum", "weight_decay"):
+            check_number(name, group[name])
+        for name in ("lr", "momentum", "weight_decay"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {group[name]}")
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError(f"nesterov needs a positive momentum, got momentum={group['momentum']}")
+    _shared_options(groups)
 
 
 def _shared_options(groups: list[dict[str, Any]]) -> tuple[float, str, str]:
     """``max_norm``, ``rule`` and ``nonfinite``, checked to be valid and the same in all groups."""
-    for name in ("max_norm", "rule", "scope", "nonfinite"):
+    for group in groups:
+        check_rule(group["max_norm"], group["rule"])
+        check_choice("scope", group["scope"], SCOPES)
+        check_choice("nonfinite", group["nonfinite"], NONFINITE)
+    for name in _SHARED:
         values = list(dict.fromkeys(group[name] for group in groups))
         if len(values) > 1:
             raise ValueError(
@@ -343,15 +387,15 @@ def _shared_options(groups: list[dict[str, Any]]) -> tuple[float, str, str]:
                 f"them, got {values}"
             )
     options = groups[0]
-    check_rule(options["max_norm"], options["rule"])
-    check_choice("scope", options["scope"], SCOPES)
-    check_choice("nonfinite", options["nonfinite"], NONFINITE)
     return options["max_norm"], options["rule"], options["nonfinite"]
 
 
-def _local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of the gradient, laid out as this rank's part of the parameter."""
-    gradient = parameter.grad
-    if local(gradient) is not gradient and gradient.placements != parameter.placements:
-        gradient = gradient.redistribute(placements=parameter.placements)
-    return local(gradient)
+def _local_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """This rank's part of each gradient, laid out as this rank's part of the parameter."""
+    gradients = [parameter.grad for parameter in parameters]
+    if local_parts(gradients) is gradients:
+        return gradients
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        if local(gradient) is not gradient and gradient.placements != parameter.placements:
+            gradients[index] = gradient.redistribute(placements=parameter.placements)
+    return local_parts(gradients)

@@ -1,7 +1,10 @@
 """Clip factors: what a clipping rule multiplies the learning rate by, as a function of the gradient norm."""
 
 import math
+import reprlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +37,9 @@ def clip_factor(norm: float | Tensor, max_norm: float, rule: str = "hard") -> fl
     ``normalize`` saturates at the largest finite number of the dtype (in float32, for norms below 3e-39 c).
 
     Args:
-        norm: Gradient norms g >= 0: a number, or a floating-point tensor of any shape, in the units of the
-            gradient. Values are not checked, because that would wait for the device.
+        norm: Gradient norms g >= 0: a number (numpy's scalars count as numbers, its arrays do not), or a
+            floating-point tensor of any shape, in the units of the gradient. Values are not checked, because
+            that would wait for the device.
         max_norm: The threshold c > 0, in the units of ``norm``.
         rule: One of ``"hard"``, ``"soft"``, ``"normalize"``, ``"log"``.
 
@@ -46,7 +50,8 @@ def clip_factor(norm: float | Tensor, max_norm: float, rule: str = "hard") -> fl
     Raises:
         ValueError: If ``max_norm`` is not positive, if ``rule`` is unknown, or for ``normalize`` with
             ``max_norm=inf``.
-        TypeError: If ``norm`` is a tensor of integers or complex numbers.
+        TypeError: If ``norm`` is a tensor of integers or complex numbers, or neither a number nor a tensor,
+            or if ``max_norm`` is not a number.
 
     References:
         Zhang, He, Sra and Jadbabaie, *Why gradient clipping accelerates training* (ICLR 2020), equations 4
@@ -67,6 +72,7 @@ def clip_factor(norm: float | Tensor, max_norm: float, rule: str = "hard") -> fl
     """
     check_rule(max_norm, rule)
     if not isinstance(norm, Tensor):
+        check_number("norm", norm)
         return clip_factor(torch.tensor(float(norm), dtype=torch.float64), max_norm, rule).item()
     if not norm.is_floating_point():
         raise TypeError(f"norm must be a float or a floating-point tensor, got dtype {norm.dtype}")
@@ -92,8 +98,9 @@ def clip_factor(norm: float | Tensor, max_norm: float, rule: str = "hard") -> fl
 
 
 def check_rule(max_norm: float, rule: str) -> None:
-    """Raise :class:`ValueError` unless ``clip_factor`` accepts this threshold and rule."""
+    """Raise :class:`ValueError` or :class:`TypeError` unless ``clip_factor`` accepts threshold and rule."""
     check_choice("rule", rule, RULES)
+    check_number("max_norm", max_norm)
     if not max_norm > 0:  # written so that nan fails too
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     if rule == "normalize" and math.isinf(max_norm):
@@ -102,8 +109,14 @@ def check_rule(max_norm: float, rule: str) -> None:
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise :class:`ValueError` naming the option, the value and what is allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise :class:`TypeError` naming the option and the value unless it is a number of Python or numpy."""
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {reprlib.repr(value)} of type {type(value).__name__}")
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
