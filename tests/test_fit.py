@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gradclip.rules import clip_factor
 from gradclip.smoothness import Fit, fit, recommend
-from gradclip.smoothness.fit import _envelopes
+from gradclip.smoothness.fit import _envelopes, _quantiles
 
-METHODS = ["ols", "envelope"]
+METHODS = ["ols", "quantile", "envelope"]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -75,6 +75,87 @@ def test_least_squares_agrees_with_scipy(points):
     assert np.linalg.norm(s - line.predict(g)) <= residual * (1 + 1e-9) + 1e-12 * s.max()
     assert line.predict(g) == pytest.approx(heights, rel=1e-6, abs=1e-9 * s.max())
     assert min(line.L0, line.L1) >= 0
+
+
+def pinball(line: Fit, g: np.ndarray, s: np.ndarray, q: float) -> float:
+    residual = s - line.predict(g)
+    return float(np.maximum(q * residual, (q - 1) * residual).sum())
+
+
+def smallest_pinball(g: np.ndarray, s: np.ndarray, q: float) -> float:
+    """By linear programming: s = L0 + L1 g + u − v, all four non-negative, minimising q Σu + (1 − q) Σv."""
+    n = len(g)
+    result = scipy.optimize.linprog(
+        np.concatenate(([0.0, 0.0], np.full(n, q), np.full(n, 1 - q))),
+        A_eq=np.column_stack((np.ones(n), g / g.max(), np.eye(n), -np.eye(n))),
+        b_eq=s / s.max(),
+        bounds=(0, None),
+    )
+    assert result.success
+    return float(result.fun) * s.max()
+
+
+@properties
+@given(points=clouds, q=st.sampled_from([0.01, 0.3, 0.5, 0.75, 0.95]))
+def test_quantile_regression_agrees_with_a_linear_programme(points, q):
+    g, s = np.array(points).T
+    line = fit(g, s, method="quantile", quantile=q)
+    assert min(line.L0, line.L1) >= 0
+    # HiGHS accepts constraints violated by 1e-7, on data scaled to at most 1; ours is exact to rounding.
+    assert pinball(line, g, s, q) == pytest.approx(smallest_pinball(g, s, q), rel=1e-6, abs=2e-6 * s.max())
+
+
+@pytest.mark.parametrize("shape", ["free", "through zero", "flat", "constant"])
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.95])
+def test_quantile_regression_with_and_without_active_constraints(shape, q):
+    rng = np.random.default_rng(11)
+    for _ in range(10):
+        g = np.exp(0.5 * rng.normal(size=50))
+        middle = {"free": 1 + 2 * g, "through zero": g**3, "flat": 1 / g, "constant": 0 * g + 1}
+        s = middle[shape] * np.exp(0.1 * rng.normal(size=50))
+        line = fit(g, s, method="quantile", quantile=q)
+        # The same programme with a tighter check of its value than the property above has.
+        assert pinball(line, g, s, q) <= smallest_pinball(g, s, q) * (1 + 1e-9)
+        if shape == "free":
+            assert min(line.L0, line.L1) > 0
+        elif shape == "through zero":
+            assert line.L0 == 0.0 < line.L1
+        elif shape == "flat":
+            assert line.L1 == 0.0 < line.L0
+            # A flat line is the quantile of s alone.
+            expected = np.quantile(s, q, method="inverted_cdf")
+            assert intercept_of(line) == pytest.approx(expected, rel=1e-14)
+
+
+@properties
+@given(points=clouds, q=st.floats(0.01, 0.99))
+def test_the_quantile_line_has_the_share_of_points_below_it_that_its_name_says(points, q):
+    g, s = np.array(points).T
+    n = len(g)
+    line = fit(g, s, method="quantile", quantile=q)
+    height = line.predict(g)
+    margin = 1e-12 * s.max()  # of rounding, for the points that the line passes through
+    assert (s > height + margin).sum() <= n * (1 - q) + 1e-9
+    if line.L0 > 0:
+        assert (s > height - margin).sum() >= n * (1 - q) - 1e-9
+
+
+def test_outliers_move_the_envelope_and_hardly_the_quantile():
+    g, s = cloud(200)
+    wild = s.copy()
+    wild[:4] *= 100
+    moved = fit(g, wild, method="quantile", quantile=0.9).predict(1.0)
+    assert moved == pytest.approx(fit(g, s, method="quantile", quantile=0.9).predict(1.0), rel=0.15)
+    assert fit(g, wild).predict(1.0) > 10 * fit(g, s).predict(1.0)
+
+
+def test_quantile_regression_of_many_samples_is_that_of_each():
+    g, s = cloud(50)
+    index = np.random.default_rng(2).integers(50, size=(30, 50))
+    together = np.array(_quantiles(g[index], s[index], q=0.9))
+    for i, (L0, L1) in zip(index, together.T, strict=True):
+        alone = fit(g[i], s[i], method="quantile", quantile=0.9)
+        assert (alone.L0, alone.L1) == (L0, L1)
 
 
 @properties
@@ -306,7 +387,7 @@ def test_long_runs_are_resampled_in_pieces():
 @pytest.mark.parametrize(
     ("grad_norms", "smoothness", "method", "message"),
     [
-        (G, S, "quantile", "method must be 'ols' or 'envelope', got 'quantile'"),
+        (G, S, "median", "method must be 'ols', 'quantile' or 'envelope', got 'median'"),
         (G, S[:-1], "ols", "grad_norms and smoothness must have one length, got 12 and 11"),
         (G[:7], S[:7], "ols", "a fit needs at least 8 points, got 7"),
         ([], [], "ols", "a fit needs at least 8 points, got 0"),
@@ -321,6 +402,17 @@ def test_long_runs_are_resampled_in_pieces():
 def test_wrong_data_are_named(grad_norms, smoothness, method, message):
     with pytest.raises(ValueError, match=message):
         fit(grad_norms, smoothness, method=method)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, -0.5, math.nan])
+def test_wrong_quantiles_are_named(quantile):
+    with pytest.raises(ValueError, match=f"quantile must be between 0 and 1, got {quantile}"):
+        fit(G, S, method="quantile", quantile=quantile)
+
+
+def test_a_fit_knows_its_quantile():
+    assert fit(G, S, method="quantile", quantile=0.8).quantile == 0.8
+    assert fit(G, S).quantile is None
 
 
 @pytest.mark.parametrize(

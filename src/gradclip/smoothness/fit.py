@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.optimize import linprog
 __all__ = ["Fit", "Interval", "Recommendation", "fit", "recommend"]
 
 _Array = NDArray[np.float64]
-_METHODS = ("ols", "envelope")
+_METHODS = ("ols", "quantile", "envelope")
 _FEWEST = 8
 
 
@@ -47,11 +48,12 @@ class Fit:
     Attributes:
         L0: intercept, non-negative (unit of the smoothness: loss over parameter squared).
         L1: slope, non-negative (unit: one over parameter).
-        method: "ols" or "envelope".
+        method: "ols", "quantile" or "envelope".
         log_slope: least-squares slope of log s on log g over all points: the exponent of a power law. A line
             through 0 has 1, independence has 0.
         log_correlation: Pearson correlation of log s and log g; NaN if all s are equal.
         n: number of points.
+        quantile: for the method "quantile" the quantile asked for, otherwise None.
     """
 
     L0: float
@@ -62,6 +64,7 @@ class Fit:
     n: int
     _grad_norms: _Array = field(repr=False, compare=False)
     _smoothness: _Array = field(repr=False, compare=False)
+    quantile: float | None = None
 
     def predict(self, g: Any) -> Any:
         """Height of the line, L0 + L1 g.
@@ -88,10 +91,11 @@ class Fit:
 
         The run is taken to be stationary: leave out a transient at its start.
 
-        What the interval covers depends on the method. For "ols", and for the slope and correlation of the
-        logarithms, it is the sampling variation of one run of this length; it does not include the variation
-        from seed to seed. For "envelope" it is **not** a confidence interval for the constants of the
-        objective. The largest of n points underestimates the supremum, a resample contains only a part of the
+        What the interval covers depends on the method. For "ols" and "quantile", and for the slope and
+        correlation of the logarithms, it is the sampling variation of one run of this length; it does not
+        include the variation from seed to seed. For "envelope" it is **not** a confidence interval for the
+        constants of the objective. The largest of n points underestimates the supremum, a resample contains
+        only a part of the
         n points, and its envelope therefore lies on or below the full one at its own mean gradient norm,
         never clearly above. Read it as a stability check: how far L0 and L1 move if other stretches of the
         run had been visited. A bound from above needs more than data.
@@ -135,7 +139,7 @@ class Fit:
         if not 1 <= block <= n:
             raise ValueError(f"block must be between 1 and {n}, the number of points, got {block}")
 
-        lines = _ols if self.method == "ols" else _envelopes
+        lines = {"ols": _ols, "quantile": partial(_quantiles, q=self.quantile), "envelope": _envelopes}
         generator = np.random.default_rng(seed)
         results = []
         chunk = max(1, 1_000_000 // n)  # of 8 MB arrays: long runs must not need gigabytes
@@ -143,7 +147,7 @@ class Fit:
             rows = min(chunk, resamples - done)
             starts = generator.integers(n, size=(rows, -(-n // block), 1))
             index = ((starts + np.arange(block)) % n).reshape(rows, -1)[:, :n]
-            results.append([*lines(g[index], s[index]), *_log_statistics(g[index], s[index])])
+            results.append([*lines[self.method](g[index], s[index]), *_log_statistics(g[index], s[index])])
 
         bounds = []
         for values in np.concatenate(results, axis=1):
@@ -155,11 +159,17 @@ class Fit:
         return Interval(*bounds, level=level, block=block, resamples=resamples)
 
 
-def fit(grad_norms: Iterable, smoothness: Iterable, *, method: str = "envelope") -> Fit:
+def fit(
+    grad_norms: Iterable, smoothness: Iterable, *, method: str = "envelope", quantile: float = 0.95
+) -> Fit:
     """Fit s = L0 + L1 g with L0, L1 ≥ 0 to measured pairs of gradient norm g and smoothness s.
 
     * "ols": the least-squares line under the two sign constraints, minimising the sum of (s − L0 − L1 g)². It
       describes the middle of the cloud, and the points with the largest g and s dominate it.
+    * "quantile": quantile regression under the two sign constraints, minimising the sum of
+      max(q r, (q − 1) r) over the residuals r = s − L0 − L1 g. For q = 0.95 some 95 % of the points lie on or
+      below the line: nearly an upper bound, that a few extreme points do not decide. At most n (1 − q)
+      points are above it; unless L0 = 0, at least n (1 − q) are on or above it.
     * "envelope": the smallest line above every point, s ≤ L0 + L1 g. Smallest means that its mean height over
       the data, L0 + L1 mean(g), is minimal; this is a linear programme in two variables, solved by HiGHS. It
       is what the inequality of (L0, L1)-smoothness asks for, restricted to the points seen: no smaller line
@@ -172,18 +182,19 @@ def fit(grad_norms: Iterable, smoothness: Iterable, *, method: str = "envelope")
         grad_norms: gradient norms g, positive, in the order of the run; a list, an array or a tensor on any
             device, of shape (n,) with n ≥ 8.
         smoothness: smoothness s at the same points, positive, of shape (n,).
-        method: "envelope" or "ols".
+        method: "envelope", "quantile" or "ols".
+        quantile: q in (0, 1), for the method "quantile" alone.
 
     Returns:
         A :class:`Fit`.
 
     Raises:
-        ValueError: if the method is unknown, the lengths differ, there are fewer than 8 points, a value is
-            not positive and finite, or all gradient norms are equal.
+        ValueError: if the method is unknown, the quantile is not between 0 and 1, the lengths differ, there
+            are fewer than 8 points, a value is not positive and finite, or all gradient norms are equal.
 
     References:
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020, Figures 1 to 3,
-        show such clouds on logarithmic axes.
+        show such clouds on logarithmic axes. Koenker and Bassett, "Regression quantiles", Econometrica 1978.
 
     Example:
         >>> g = [0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
@@ -193,9 +204,13 @@ def fit(grad_norms: Iterable, smoothness: Iterable, *, method: str = "envelope")
         (0.5, 2.0, 4.5)
         >>> round(fit(g, s, method="ols").L1, 3)
         2.003
+        >>> round(fit(g, s, method="quantile", quantile=0.5).L1, 3)
+        2.051
     """
     if method not in _METHODS:
-        raise ValueError(f"method must be 'ols' or 'envelope', got {method!r}")
+        raise ValueError(f"method must be 'ols', 'quantile' or 'envelope', got {method!r}")
+    if not 0.0 < quantile < 1.0:
+        raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
     g, s = _vector("grad_norms", grad_norms), _vector("smoothness", smoothness)
     if len(g) != len(s):
         raise ValueError(f"grad_norms and smoothness must have one length, got {len(g)} and {len(s)}")
@@ -204,12 +219,15 @@ def fit(grad_norms: Iterable, smoothness: Iterable, *, method: str = "envelope")
     if np.ptp(g) == 0:
         raise ValueError(f"grad_norms must not all be equal, got {len(g)} times {g[0]}")
 
-    if method == "ols":
-        L0, L1 = (value.item() for value in _ols(g[None], s[None]))
-    else:
+    if method == "envelope":
         L0, L1 = _smallest_line_above(g, s)
+    else:
+        lines = _ols if method == "ols" else partial(_quantiles, q=quantile)
+        L0, L1 = (value.item() for value in lines(g[None], s[None]))
     slope, correlation = (value.item() for value in _log_statistics(g[None], s[None]))
-    return Fit(L0, L1, method, slope, correlation, len(g), g, s)
+    return Fit(
+        L0, L1, method, slope, correlation, len(g), g, s, float(quantile) if method == "quantile" else None
+    )
 
 
 @dataclass(frozen=True)
@@ -328,6 +346,46 @@ def _ols(g: _Array, s: _Array) -> tuple[_Array, _Array]:
     free = (slope >= 0) & (intercept >= 0)
     slope = np.where(free, slope, np.where(flat_is_better, 0.0, through_zero))
     intercept = np.where(free, intercept, np.where(flat_is_better, y_mean, 0.0))
+    return intercept * s_scale[:, 0], slope * (s_scale / g_scale)[:, 0]
+
+
+def _quantiles(g: _Array, s: _Array, *, q: float) -> tuple[_Array, _Array]:
+    """Quantile regression with non-negative coefficients for each row of (rows, n) arrays, without a solver.
+
+    For a given slope b the best intercept is the q-quantile of s − b g, or 0 if that is negative. The
+    objective that is left, h(b), is convex and piecewise linear, so that the sign of one subgradient tells on
+    which side of b its minimum lies. Between 0 and the largest s/g, above which h rises, it is found by
+    bisection: some 60 halvings until no float64 is left between the ends.
+    """
+    g_scale, s_scale = g.max(axis=1, keepdims=True), s.max(axis=1, keepdims=True)
+    x, y = g / g_scale, s / s_scale
+    k = max(math.ceil(q * x.shape[1] - 1e-9), 1) - 1  # the lower of two quantiles; q n may be rounded upwards
+
+    def at(slope: _Array) -> tuple[_Array, _Array, _Array]:
+        residual = y - slope[:, None] * x
+        intercept = np.maximum(np.partition(residual, k, axis=1)[:, k], 0.0)
+        residual -= intercept[:, None]
+        weight = np.where(residual > 0, q, q - 1.0)
+        height = (weight * residual).sum(axis=1)
+        # The points on the line may take any weight in between. All weights add up to 0 where the intercept
+        # is free.
+        on = residual == 0
+        weight[on] = 0.0
+        share = np.clip(-weight.sum(axis=1) / np.maximum(on.sum(axis=1), 1), q - 1.0, q)
+        rise = -((weight + share[:, None] * on) * x).sum(axis=1)
+        return intercept, height, rise
+
+    low, high = np.zeros(len(x)), (y / x).max(axis=1)
+    high[at(low)[2] >= 0] = 0.0
+    # Heights are at most 1: no slope below 1e-18 can be told from 0.
+    while (open_ := high - low > np.maximum(1e-18, np.spacing(low))).any():
+        middle = np.where(open_, low + (high - low) / 2, low)
+        rises = at(middle)[2] >= 0
+        high = np.where(open_ & rises, middle, high)
+        low = np.where(open_ & ~rises, middle, low)
+    (low_intercept, low_height, _), (high_intercept, high_height, _) = at(low), at(high)
+    lower = low_height <= high_height
+    intercept, slope = np.where(lower, low_intercept, high_intercept), np.where(lower, low, high)
     return intercept * s_scale[:, 0], slope * (s_scale / g_scale)[:, 0]
 
 

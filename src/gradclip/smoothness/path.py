@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradclip.norms import total_norm
+from gradclip.norms import local, total_norm
+from gradclip.smoothness._evaluate import undisturbed
 
 __all__ = ["PathSmoothness", "path_smoothness"]
 
@@ -52,30 +53,44 @@ def path_smoothness(
     a it says less about curvature: L(a) ≤ (‖∇f(x + a d)‖ + ‖∇f(x)‖) / (a ‖d‖) whatever f is.
 
     The parameters are moved in place, so ``loss`` needs no changes, and they hold their old bits again when
-    the function returns or raises, a KeyboardInterrupt included. Their ``.grad``, ``requires_grad`` and
-    autograd version are untouched: a graph built before the call can still be differentiated after it. No
-    random numbers are drawn here. The memory needed beyond one evaluation of the gradient is a copy of the
-    parameters, of the gradient and of the largest parameter.
+    the function returns or raises, a KeyboardInterrupt included. So do the buffers of the modules that
+    ``loss`` calls (running statistics of batch norm) and the random streams of torch, Python and numpy.
+    ``.grad``, ``requires_grad``, train and eval mode and autograd versions are untouched: a graph built
+    before the call can still be differentiated after it.
+
+    The memory needed, beyond the graph of one evaluation, is at most three times that of the parameters: a
+    copy of them, the gradient at x (if not given), the gradient at x + a d. The work is one gradient per
+    fraction, and one for x if it is not given.
 
     Args:
         loss: zero-argument callable returning the objective f at the current parameters as a tensor with one
-            element. It must evaluate the *same* objective at every call: the same batch, the same dropout
-            masks (fix them, or switch dropout off; a random ``loss`` measures its noise, divided by a ‖d‖),
-            and no call of ``backward``. Whatever else a call changes stays changed, once per gradient:
-            running statistics of batch norm, the state of a random generator. Put such modules in eval mode
-            or save and restore their buffers.
-        params: the parameters x: different leaf tensors that require a gradient.
+            element, on the same batch at every call, and not calling ``backward``. It may be random: before
+            each evaluation buffers and random streams are set back to their state at the call, so that
+            dropout draws the same masks for all of them. (Only generators that it keeps for itself are beyond
+            reach, and so is what modules change besides buffers; with such noise L(a) measures the noise,
+            divided by a ‖d‖.) Code made by ``torch.compile`` runs eagerly, at its speed before compilation.
+            A loss that was wrapped for data-parallel training must be given unwrapped.
+        params: the parameters x: different leaf tensors that require a gradient. Weights tied in the usual
+            way, one parameter used by two modules, are listed once, as ``model.parameters()`` does. DTensors
+            are allowed; every rank must make the call.
         step: the displacement d, one tensor per parameter, of its shape, on its device; floating dtypes may
             differ.
         fractions: where to look along the step, positive and finite. Subtracting two gradients leaves a
             relative error of about u ‖∇f(x)‖ / ‖∇f(x + a d) − ∇f(x)‖ in L(a), with u the accuracy of a
             computed gradient, some 1e-6 in float32; the difference shrinks with a, the error does not.
             Together with the O(a) by which L(a) differs from its limit, a = 1e-2 is a sensible smallest
-            fraction in float32 and 1e-6 in float64. Halve it: if L(a) changes, it is too small or too large.
-            (Rounding x + a d to the dtype of the parameters adds a relative error of up to eps ‖x‖ / (a
-            ‖d‖).)
+            fraction in float32 and 1e-6 in float64. Where ``loss`` computes in bfloat16 under
+            ``torch.autocast``, u is some 4e-3 whatever the dtype of the parameters: L(a) has a floor at about
+            4e-3 ‖∇f(x)‖ / (a ‖d‖), and only fractions at which the gradient changes by much more than a
+            hundredth of itself say anything about f; evaluate a loss in float32 if that is not enough. In
+            any case, halve the fraction: if L(a) changes, it is too small or too large. (Rounding x + a d to
+            the dtype of the parameters adds a relative error of up to eps ‖x‖ / (a ‖d‖).)
         grad: ∇f(x), one tensor per parameter, if it is known (say, from ``.grad`` after
-            ``loss().backward()``, before any clipping); None entries stand for zero. It saves one gradient.
+            ``loss().backward()``, before any clipping or unscaling); None entries stand for zero. It saves
+            one gradient. It must be the gradient of the very function that is evaluated here. If ``loss`` is
+            random, that means: evaluated from the state that the random streams have at this call. Draws
+            made since then, or masks drawn by compiled code, make it another function's gradient, and L(a)
+            their difference; leave it out then.
 
     Returns:
         A :class:`PathSmoothness`. Overflowing or NaN gradients give infinite or NaN values, not an exception.
@@ -83,9 +98,9 @@ def path_smoothness(
 
     Raises:
         ValueError: if a list is empty or of the wrong length, a shape, dtype or device does not match, a
-            parameter is listed twice, is not a leaf or does not require a gradient, the step is zero or not
-            finite, a fraction is not positive and finite, or ``loss`` does not return a differentiable
-            scalar.
+            parameter is listed twice, shares its memory with another one, is not a leaf or does not require a
+            gradient, the step is zero or not finite, a fraction is not positive and finite, or ``loss`` does
+            not return a differentiable scalar.
         TypeError: if ``params``, ``step`` or ``grad`` is a single tensor or holds something that is not a
             tensor.
 
@@ -105,42 +120,45 @@ def path_smoothness(
         >>> result.gradients, w.tolist()
         (4, [1.0, 2.0])
     """
-    params = _listed("params", params)
-    step = [d.detach() for d in _listed("step", step)]
-    fractions = tuple(float(a) for a in fractions)
-    _check_params(params)
-    _check_match("step", step, params)
-    if not fractions:
-        raise ValueError("fractions must not be empty, got ()")
-    for a in fractions:
-        if not 0.0 < a < math.inf:
-            raise ValueError(f"fractions must be positive and finite, got {a}")
+    params = listed("params", params)
+    step = [d.detach() for d in listed("step", step)]
+    check_params(params)
+    check_match("step", step, params)
+    fractions = checked_fractions(fractions)
     step_norm = total_norm(step).item()
     if not 0.0 < step_norm < math.inf:
         bad = [i for i, d in enumerate(step) if not d.isfinite().all()]
         where = f" (step[{bad[0]}] is not finite)" if bad else ""
         raise ValueError(f"the norm of step must be positive and finite, got {step_norm}{where}")
 
-    if grad is None:
-        start = _gradient(loss, params)
-    else:
-        start = _listed("grad", grad, optional=True)
-        _check_match("grad", start, params)
-        start = [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(start, params, strict=True)]
+    start = None
+    if grad is not None:
+        start = listed("grad", grad, optional=True)
+        check_match("grad", start, params)
+        start = [None if g is None else g.detach() for g in start]
 
-    norms = [total_norm(start)]
-    saved = [p.detach().clone() for p in params]
-    try:
-        for a in fractions:
-            _move(params, saved, step, a)
-            moved = _gradient(loss, params)
-            for i, g in enumerate(start):
-                # Not in place: autograd may return one tensor for two parameters, or an expanded one.
-                moved[i] = moved[i] - g
-            norms.append(total_norm(moved))
-            del moved
-    finally:
-        _move(params, saved, step, 0.0)
+    with undisturbed() as rewind:
+        if start is None:
+            rewind()
+            start = _gradient(loss, params)
+        norms = [total_norm([g for g in start if g is not None])]
+        saved = [p.detach().clone() for p in params]
+        try:
+            for a in fractions:
+                _move(params, saved, step, a)
+                rewind()
+                moved = _gradient(loss, params)
+                # The parameters have served and are overwritten next: they hold the difference, or it would
+                # need memory of its own. Not in place in `moved`: autograd may return one tensor for two
+                # parameters, or an expanded one.
+                for p, g, g0 in zip(params, moved, start, strict=True):
+                    p.data.copy_(g)
+                    if g0 is not None:
+                        p.data.sub_(g0)
+                del moved, g
+                norms.append(total_norm([p.data for p in params]))
+        finally:
+            _move(params, saved, step, 0.0)
 
     grad_norm, *changes = (norm.item() for norm in norms)
     values = tuple(change / (a * step_norm) for change, a in zip(changes, fractions, strict=True))
@@ -154,7 +172,7 @@ def path_smoothness(
     )
 
 
-def _listed(name: str, tensors: Iterable, *, optional: bool = False) -> list:
+def listed(name: str, tensors: Iterable, *, optional: bool = False) -> list:
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name} must be a list of tensors, got one tensor of shape {tuple(tensors.shape)}")
     listed = list(tensors)
@@ -164,10 +182,11 @@ def _listed(name: str, tensors: Iterable, *, optional: bool = False) -> list:
     return listed
 
 
-def _check_params(params: list[Tensor]) -> None:
+def check_params(params: list[Tensor]) -> None:
     if not params:
         raise ValueError("params must not be empty, got []")
     seen: dict[int, int] = {}
+    where: dict[int, int] = {}
     for i, p in enumerate(params):
         if not p.is_floating_point():
             raise ValueError(f"params[{i}] must be real floating point, got {p.dtype}")
@@ -180,9 +199,16 @@ def _check_params(params: list[Tensor]) -> None:
         if id(p) in seen:
             raise ValueError(f"params[{seen[id(p)]}] and params[{i}] are the same tensor: list it once")
         seen[id(p)] = i
+        address = local(p).data_ptr()
+        if local(p).numel() and address in where:
+            raise ValueError(
+                f"params[{where[address]}] and params[{i}] are two tensors in the same memory, which cannot "
+                "move independently: tie weights by using one parameter twice"
+            )
+        where[address] = i
 
 
-def _check_match(name: str, tensors: list[Tensor | None], params: list[Tensor]) -> None:
+def check_match(name: str, tensors: list[Tensor | None], params: list[Tensor]) -> None:
     if len(tensors) != len(params):
         raise ValueError(f"{name} must have one tensor per parameter, got {len(tensors)} for {len(params)}")
     for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
@@ -196,6 +222,16 @@ def _check_match(name: str, tensors: list[Tensor | None], params: list[Tensor]) 
             )
         if t.device != p.device:
             raise ValueError(f"{name}[{i}] is on {t.device}, params[{i}] on {p.device}")
+
+
+def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    checked = tuple(float(a) for a in fractions)
+    if not checked:
+        raise ValueError("fractions must not be empty, got ()")
+    for a in checked:
+        if not 0.0 < a < math.inf:
+            raise ValueError(f"fractions must be positive and finite, got {a}")
+    return checked
 
 
 def _gradient(loss: Callable[[], Tensor], params: list[Tensor]) -> list[Tensor]:
@@ -219,4 +255,6 @@ def _move(params: list[Tensor], saved: list[Tensor], step: list[Tensor], a: floa
     for p, x, d in zip(params, saved, step, strict=True):
         # `.data` does not bump the autograd version. That is sound because the old bits come back, and it is
         # needed so that a caller who has already computed a loss can still call backward on it.
-        p.data.copy_(x if a == 0.0 else torch.add(x, d, alpha=a))
+        p.data.copy_(x)
+        if a != 0.0:
+            p.data.add_(d, alpha=a)
