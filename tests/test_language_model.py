@@ -33,6 +33,7 @@ def test_the_smoke_profile_gives_a_whole_record(smoke):
 
 
 def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
+    subset = "(late|short|unclipped|clipped)"
     lines = language_model.__doc__.split("\n\n")
     tables = [block for block in lines if block.startswith("====")]
     columns, keys = (
@@ -46,9 +47,9 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
         if key.startswith("..."):
             key = "train.grad_norm" + key[3:]
         pattern = re.escape(key).replace("EST", "(path|largest|local|other)")
-        patterns.append(pattern.replace("SUBSET", "(late|unclipped|clipped)"))
+        patterns.append(pattern.replace("SUBSET", subset))
     for name in ("slope", "saturation", "l1_ols", "l1_ols_over_mechanical"):
-        patterns.append(f"(late|unclipped|clipped).{name}_(path|largest|local|other)")
+        patterns.append(f"{subset}.{name}_(path|largest|local|other)")
     for pattern in patterns:
         assert any(re.fullmatch(pattern, key) for key in smoke.scalars), pattern
     whole = re.compile(rf"({'|'.join(patterns)})(_min|_max|_low|_high|\.seed[01])?")
@@ -72,6 +73,10 @@ def test_the_scalars_that_were_fixed_before_the_run_are_there(smoke):
     assert smoke.scalars["probe.saturation_median"] == pytest.approx(saturation, rel=1e-12)
     low, high = (smoke.scalars[f"probe.l1_ols_over_mechanical_{end}"] for end in ("min", "max"))
     assert 0 <= low <= high
+    # Curvature times the gradient's factor is the relative change of the gradient per step: over a hundredth
+    # of the step it changes by a hundredth of that. The lengths of updates are rounded to float32.
+    factor = smoke.scalars["probe.step_curvature"]
+    assert factor == pytest.approx(100 * smoke.scalars["probe.saturation_local"], rel=1e-5)
 
 
 def direct_gradient(model, pair, state):
@@ -150,6 +155,15 @@ def test_the_table_shows_the_numbers_of_the_record(smoke):
     scalars = smoke.scalars
     local = [scalars[f"probe.slope_local{end}"] for end in ("", "_min", "_max")]
     assert f"<td>{local[0]:.2f} ({local[1]:.2f} to {local[2]:.2f})</td>" in rows[2]
+
+
+def test_the_refits_show_the_numbers_of_the_record(smoke):
+    rows = re.findall(r"<tr>(.*?)</tr>", language_model.refit_table(smoke))
+    assert len(rows) == 5
+    scalars = smoke.scalars
+    local = [scalars[f"short.l1_ols_over_mechanical_local{end}"] for end in ("", "_min", "_max")]
+    cells = [str(scalars["short.count"]), f"{local[0]:.2f} ({local[1]:.2f} to {local[2]:.2f})"]
+    assert re.findall(r"<td>(.*?)</td>", rows[2])[::2] == cells
 
 
 def test_relative_change_is_the_estimate_over_its_own_level(smoke):
@@ -263,6 +277,7 @@ def made_up_series(estimate, lr=2.0, max_norm=0.5, seeds=(0, 1), steps=40):
         "loss": 7.0 - 0.1 * iteration,
         "grad_norm": g,
         "clip_factor": factor,
+        "update_length": lr * factor * g,
         "bound": bound,
         **probes,
     }
@@ -284,6 +299,11 @@ def test_an_estimate_on_its_bound_has_the_mechanical_slope_and_no_other():
     assert scalars["probe.largest_at_first"] == 1.0
     # At a sixth of the step the bound is three times as high as at the midpoint.
     assert scalars["probe.saturation_largest"] == pytest.approx(1 / 3, rel=1e-12)
+    # 0.05 · 100^(i/39) is at least 2c = 1 from i = 26 on.
+    assert scalars["long.count"] == 28
+    assert scalars["long.saturation_path_least"] == scalars["long.saturation_path_most"] == 1.0
+    assert scalars["probe.leverage_long"] == pytest.approx(weight[26:].sum() / weight.sum(), rel=1e-12)
+    assert scalars["mechanical.step"] == 1.0
     # Unclipped: flat, so the slope is 0.
     assert scalars["unclipped.l1_ols_path"] == pytest.approx(0.0, abs=1e-12)
     assert scalars["clipped.count"] + scalars["unclipped.count"] == scalars["probe.count"] == 80
@@ -297,6 +317,20 @@ def test_a_line_is_found_with_its_constants():
         assert scalars[f"probe.l1_{method}_local"] == pytest.approx(0.7, rel=1e-8)
         assert scalars[f"probe.l1_{method}_local_low"] == pytest.approx(0.7, rel=1e-8)
     assert scalars["probe.l1_ols_over_mechanical_min"] == pytest.approx(0.35, rel=1e-9)
+    assert scalars["probe.radius_local_max"] == pytest.approx(1 / 0.7, rel=1e-9)
+    # With lr = 2 the step is min(2 g, 1), and curvature times its factor 0.6 + 1.4 g below g = 0.5, and above
+    # it 0.7 + 0.3/g, which is at most 1.3.
+    g = np.geomspace(0.05, 5.0, 40)
+    curvature = np.where(g < 0.5, 0.6 + 1.4 * g, 0.7 + 0.3 / g)
+    assert scalars["probe.step_curvature"] == pytest.approx(np.median(curvature), rel=1e-12)
+    assert scalars["probe.step_curvature_above_2"] == 0.0
+    assert scalars["probe.step_length"] == pytest.approx(np.median(np.minimum(2 * g, 1.0)), rel=1e-12)
+    # Four times as curved: 2.4 + 5.6 g, or 2.8 + 1.2/g, above 2 everywhere.
+    steep = summarise(made_up_series(lambda g, bound: 1.2 + 2.8 * g), lr=2.0, max_norm=0.5)
+    assert steep["probe.step_curvature_above_2"] == 1.0
+    # A falling cloud has no slope left, and nothing limits how far the constant speaks.
+    falling = summarise(made_up_series(lambda g, bound: 1 / g), lr=2.0, max_norm=0.5)
+    assert falling["probe.radius_local"] == math.inf
     # At the local fraction the bound is 50 times as high as at the midpoint.
     series = made_up_series(lambda g, bound: bound)
     assert summarise(series, lr=2.0, max_norm=0.5)["probe.saturation_local"] == pytest.approx(0.02, rel=1e-12)
@@ -315,6 +349,9 @@ def test_spread_is_over_seeds_and_unprobed_steps_are_left_out():
     )  # without the first twentieth, two steps of which one is probed per seed
     for suffix, value in (("_min", 1.0), ("_max", 3.0), (".seed0", 1.0), (".seed1", 3.0)):
         assert scalars[f"probe.l1_ols_path{suffix}"] == pytest.approx(value, rel=1e-9)
+    # A clipped step has the bound 2 g.
+    assert scalars["clipped.saturation_path_least"] == pytest.approx(0.5, rel=1e-12)
+    assert scalars["clipped.saturation_path_most"] == pytest.approx(1.5, rel=1e-12)
     assert scalars["train.loss_initial_min"] == 7.0
     assert scalars["train.loss_initial_max"] == 8.0
     # Mean of 7 - 0.1 k + seed over the last four steps k = 36 ... 39.
@@ -326,6 +363,9 @@ def test_too_few_points_say_nothing():
     # Only the last two of the forty gradient norms of each seed are above 4.
     assert scalars["clipped.count"] == 4
     assert math.isnan(scalars["clipped.slope_path"])
+    # None reaches twice the threshold.
+    assert (scalars["long.count"], scalars["probe.leverage_long"]) == (0, 0.0)
+    assert math.isnan(scalars["long.saturation_path_least"])
 
 
 def test_the_profiles():

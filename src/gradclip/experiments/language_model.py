@@ -40,8 +40,8 @@ Scalars. A key as given is over all seeds' points together. Behind it, ``_min`` 
 and greatest value over seeds, ``.seed0`` is its value for seed 0, and ``_low`` and ``_high`` are the ends of
 the 95 % block-bootstrap interval over all points (for an envelope a stability check, no more). EST is
 ``path`` (the midpoint), ``largest`` (of the five fractions), ``local`` or ``other`` (the control). SUBSET is
-``late`` (probed steps after the first twentieth of the steps), ``unclipped`` (clip factor 1) or ``clipped``.
-Where fewer than eight points remain, a statistic is NaN.
+``late`` (probed steps after the first twentieth of the steps), ``short`` (‖g‖ < 2γ), ``unclipped`` (clip
+factor 1) or ``clipped``. Where fewer than eight points remain, a statistic is NaN.
 
 =========================================  ================================================================
 key                                        meaning
@@ -55,15 +55,28 @@ key                                        meaning
 ``probe.l1_ols_EST``                       its L1, 1/parameter
 ``probe.l1_ols_over_mechanical``           ``probe.l1_ols_path`` / (2/(ηγ))
 ``probe.l1_ols_over_mechanical_EST``       ``probe.l1_ols_EST`` / (2/(ηγ))
+``probe.radius_EST``                       1/``probe.l1_ols_EST``, in units of a parameter: the distance up to
+                                           which the local form of the condition says anything
 ``probe.l0_envelope_EST``                  L0 of the smallest line with L0, L1 ≥ 0 above all points
 ``probe.l1_envelope_EST``                  its L1
 ``probe.leverage_clipped``                 share of Σ(‖g‖ - mean)² that clipped steps carry: their weight in
                                            the slope of a least-squares line
+``probe.leverage_long``                    the same share for steps with ‖g‖ ≥ 2γ
+``long.count``                             number of probed steps with ‖g‖ ≥ 2γ
+``long.saturation_path_least``             range over these steps of L̂_a/(‖g‖/(a ‖d‖)) at a = 1/2
+``long.saturation_path_most``              its upper end
+``clipped.saturation_path_least``          the same range over all clipped steps
+``clipped.saturation_path_most``           its upper end
+``probe.step_length``                      median of ‖d‖, in units of a parameter
+``probe.step_curvature``                   median of η min(1, γ/‖g‖) L̂ at a = 0.01, curvature along the step
+                                           times the factor of the gradient; S6 proves descent below 2
+``probe.step_curvature_above_2``           share of probed steps where it is above 2
 ``probe.largest_at_first``                 share of probed steps whose largest estimate is the one at a = 1/6
 ``SUBSET.count``, ``SUBSET.pearson_EST``   as above, over the points of a subset; so for ``slope``,
                                            ``saturation``, ``l1_ols`` and ``l1_ols_over_mechanical``
 ``mechanical.l1``                          2/(ηγ), 1/parameter
 ``mechanical.flat``                        2/η, loss/parameter²
+``mechanical.step``                        ηγ, the length of every clipped step, in units of a parameter
 ``train.loss_initial``                     loss of the first step, nats per word
 ``train.loss_final``                       mean loss of the last tenth of the steps
 ``train.clipped_share``                    share of all steps with clip factor below 1
@@ -436,12 +449,15 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
     Returns:
         Key to number.
     """
-    iteration, clip_factor, loss = (series[name] for name in ("iteration", "clip_factor", "loss"))
+    iteration, clip_factor, loss, grad_norm = (
+        series[name] for name in ("iteration", "clip_factor", "loss", "grad_norm")
+    )
     seeds, steps = np.unique(series["seed"]), int(iteration.max()) + 1
     probed = ~np.isnan(series["bound"])
     subsets = {
         "probe": probed,
         "late": probed & (iteration >= steps // 20),
+        "short": probed & (grad_norm < 2 * max_norm),
         "unclipped": probed & (clip_factor == 1.0),
         "clipped": probed & (clip_factor < 1.0),
     }
@@ -458,17 +474,18 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
         **_spread("train.loss_initial", float(first.mean()), seeds, first),
         **_spread("train.loss_final", float(last.mean()), seeds, last.mean(axis=1)),
         "train.clipped_share": float((clip_factor < 1).mean()),
-        "train.grad_norm_least": float(series["grad_norm"].min()),
-        "train.grad_norm_most": float(series["grad_norm"].max()),
+        "train.grad_norm_least": float(grad_norm.min()),
+        "train.grad_norm_most": float(grad_norm.max()),
         "mechanical.l1": mechanical,
         "mechanical.flat": 2 / lr,
+        "mechanical.step": lr * max_norm,
     }
     for subset, rows in subsets.items():
         parts = [rows & (series["seed"] == seed) for seed in seeds]
         scalars[f"{subset}.count"] = int(rows.sum())
         for name, column in _ESTIMATORS.items():
             pooled, *per_seed = (
-                _statistics(series["grad_norm"][r], series[column][r], saturation[name][r], mechanical)
+                _statistics(grad_norm[r], series[column][r], saturation[name][r], mechanical)
                 for r in (rows, *parts)
             )
             for key in pooled if subset == "probe" else _SUBSET_STATISTICS:
@@ -477,9 +494,20 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
                     spread if subset == "probe" else {k: v for k, v in spread.items() if ".seed" not in k}
                 )
     for name, column in _ESTIMATORS.items():
-        scalars |= _intervals(series["grad_norm"][probed], series[column][probed], name)
-    weight = (series["grad_norm"][probed] - series["grad_norm"][probed].mean()) ** 2
-    scalars["probe.leverage_clipped"] = float(weight[clip_factor[probed] < 1].sum() / weight.sum())
+        scalars |= _intervals(grad_norm[probed], series[column][probed], name)
+    step_curvature = lr * clip_factor * series["local"]
+    for key, values in (("step_length", series["update_length"]), ("step_curvature", step_curvature)):
+        medians = [np.median(values[probed & (series["seed"] == seed)]) for seed in seeds]
+        scalars |= _spread(f"probe.{key}", np.median(values[probed]), seeds, medians)
+    scalars["probe.step_curvature_above_2"] = float((step_curvature[probed] > 2).mean())
+    weight = np.where(probed, (grad_norm - grad_norm[probed].mean()) ** 2, 0.0)
+    long = probed & ~subsets["short"]
+    scalars["long.count"] = int(long.sum())
+    for name, rows in (("clipped", subsets["clipped"]), ("long", long)):
+        scalars[f"probe.leverage_{name}"] = float(weight[rows].sum() / weight.sum())
+        for end, extreme in (("least", np.min), ("most", np.max)):
+            value = float(extreme(saturation["path"][rows])) if rows.any() else math.nan
+            scalars[f"{name}.saturation_path_{end}"] = value
     scalars["probe.largest_at_first"] = float((largest_at[probed] == FRACTIONS[0]).mean())
     # The names that the claims use.
     scalars["probe.saturation_median"] = scalars["probe.saturation_path"]
@@ -490,7 +518,7 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
 
 
 _SUBSET_STATISTICS = ("pearson", "slope", "saturation", "l1_ols", "l1_ols_over_mechanical")
-_STATISTICS = (*_SUBSET_STATISTICS, "l0_ols", "l0_envelope", "l1_envelope")
+_STATISTICS = (*_SUBSET_STATISTICS, "radius", "l0_ols", "l0_envelope", "l1_envelope")
 
 
 def _statistics(
@@ -505,6 +533,7 @@ def _statistics(
         float(np.median(saturation)),
         ols.L1,
         ols.L1 / mechanical,
+        1 / ols.L1 if ols.L1 > 0 else math.inf,
         ols.L0,
         envelope.L0,
         envelope.L1,
@@ -565,17 +594,49 @@ _TABLE = (
 
 def table(record: Record) -> str:
     """The statistics of a record as a table in HTML: over all points, and the range over seeds."""
-    heads = {"path": "midpoint", "largest": "largest of five", "local": "local", "other": "other batch"}
-    head = "".join(f"<th>{title}</th>" for title in ("estimate", *heads.values()))
-    rows = []
-    for label, key, form in _TABLE:
-        cells = []
-        for name in heads:
-            value, low, high = (record.scalars[f"probe.{key}_{name}{end}"] for end in ("", "_min", "_max"))
-            cells.append(f"<td>{value:{form}} ({low:{form}} to {high:{form}})</td>")
-        rows.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
-    body = "\n".join(rows)
-    return f"<table class='dataframe'>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    names = {"path": "midpoint", "largest": "largest of five", "local": "local", "other": "other batch"}
+    rows = {
+        label: [_cell(record.scalars, f"probe.{key}_{name}", form) for name in names]
+        for label, key, form in _TABLE
+    }
+    return _html(("estimate", *names.values()), rows)
+
+
+_REFITS = {
+    "probe": "all steps",
+    "short": "gradient norm below 2γ",
+    "late": "without the first twentieth of the steps",
+    "unclipped": "unclipped steps",
+}
+
+
+def refit_table(record: Record) -> str:
+    """Least-squares L1 over 2/(ηγ) when points are left out, as a table in HTML; in brackets, over seeds."""
+    rows = {
+        label: [
+            str(record.scalars[f"{subset}.count"]),
+            *(
+                _cell(record.scalars, f"{subset}.l1_ols_over_mechanical_{name}", ".2f")
+                for name in ("path", "local")
+            ),
+        ]
+        for subset, label in _REFITS.items()
+    }
+    return _html(("least-squares L₁ over 2/(ηγ)", "points", "midpoint", "local"), rows)
+
+
+def _cell(scalars: Mapping[str, Any], key: str, form: str) -> str:
+    value, low, high = (scalars[f"{key}{end}"] for end in ("", "_min", "_max"))
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _html(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    body = "\n".join(
+        f"<tr><th>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for label, cells in rows.items()
+    )
+    return f"<table class='dataframe'>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def _unigram_loss(corpus: text.Corpus) -> float:
