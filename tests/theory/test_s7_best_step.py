@@ -71,6 +71,30 @@ def test_step_keeps_most_of_the_decrease_that_phi_guarantees():
     assert kept.max() <= 1 + 1e-12
 
 
+def test_phi_fraction_is_proved_by_the_sign_of_a_third_derivative():
+    """P(c) = decrease - ρ·best, ρ = (3 - e)/(2 ln 2 - 1): P(0) = P(1) = P′(0) = 0, P″(0) > 0, P‴ < 0, so
+    P ≥ 0.
+
+    P′ is concave from P′(0) = 0, hence first positive, then negative, and P rises from 0 and falls back to 0.
+    """
+    rho = (3 - sp.E) / (2 * sp.log(2) - 1)
+    P = c**2 - sp.exp(c) + c + 1 - rho * ((1 + c) * sp.log(1 + c) - c)
+    assert P.subs(c, 0) == 0
+    assert sp.simplify(P.subs(c, 1)) == 0
+    assert sp.diff(P, c).subs(c, 0) == 0
+    assert sp.simplify(sp.diff(P, c, 2).subs(c, 0) - (1 - rho)) == 0
+    # P‴ ≤ -1 + ρ on [0, 1], because e^c ≥ 1 and ρ/(1+c)² ≤ ρ.
+    assert sp.simplify(sp.diff(P, c, 3) + sp.exp(c) - rho / (1 + c) ** 2) == 0
+    assert 0 < rho < 1
+    # P is what it says it is, in units of G/L1², which is 1/c for g = L1 = 1.
+    own = theory.phi_bound(1.0, theory.quadratic_step(1.0, CONSTANT, 1.0), CONSTANT, 1.0)
+    best = theory.phi_bound(1.0, theory.phi_step(1.0, CONSTANT, 1.0), CONSTANT, 1.0)
+    values = sp.lambdify(c, P)(SHARE)
+    # P is a sum of terms up to e, each exact to 2⁻⁵²; own and best, times c, likewise.
+    np.testing.assert_allclose(SHARE * (float(rho) * best - own), values, rtol=0, atol=1e-14)
+    assert values.min() >= -1e-14
+
+
 def test_order_of_the_steps():
     """clipped ≤ simplified ≤ φ-optimal ≤ S7; clipped ≥ 1/2 of simplified, simplified ≥ 2/(3 ln 2) of
     φ-optimal.
@@ -90,6 +114,15 @@ def test_order_of_the_steps():
         sp.simplify(2 / (2 + L1 * g / (L0 + L1 * g)) / (L0 + L1 * g) - 1 / (L0 + sp.Rational(3, 2) * L1 * g))
         == 0
     )
+    # The ratio falls to its value at c = 1: its derivative has the sign of 2 ln x - (x - 1/x), x = 1 + c,
+    # which vanishes at x = 1 and falls.
+    ratio = 2 * c / ((2 + c) * sp.log(1 + c))
+    sign = 2 * sp.log(1 + c) - (1 + c - 1 / (1 + c))
+    positive = 2 / ((2 + c) ** 2 * sp.log(1 + c) ** 2)
+    assert sp.simplify(sp.diff(ratio, c) - positive * sign) == 0
+    assert sign.subs(c, 0) == 0
+    assert sp.simplify(sp.diff(sign, c) + c**2 / (1 + c) ** 2) == 0
+    assert sp.simplify(ratio.subs(c, 1) - 2 / (3 * sp.log(2))) == 0
 
 
 def test_simplified_step_guarantees_half_of_its_first_order_decrease():
@@ -129,9 +162,40 @@ def test_step_keeps_at_least_1_minus_1_over_e_in_one_dimension():
     assert sp.simplify(sp.limit(formula, u, sp.oo) - (1 - sp.exp(-1))) == 0
 
 
+def test_one_dimensional_fraction_is_proved_by_the_sign_of_a_second_derivative():
+    """N(z) = (decrease - ρ·best)·z, z = 1/(1+u), ρ = 1 - 1/e: N(0) = N(1) = N′(1) = 0, N′(0+) = ∞, N″ is
+    first < 0, then > 0.
+
+    So N′ falls from +∞ below 0 and rises to 0, N rises from 0 and falls back to 0, and N ≥ 0.
+    """
+    z = sp.Symbol("z", positive=True)
+    rho = 1 - sp.exp(-1)
+    decrease = (1 + u) * (1 - sp.exp(-u / (1 + u))) - u / (1 + u)  # -W(c/L1) in units of L0/L1²
+    N = 1 - sp.exp(z - 1) - z * (1 - z) - rho * (1 - z + z * sp.log(z))
+    defined = z * (decrease - rho * (u - sp.log(1 + u))).subs(u, 1 / z - 1)
+    assert sp.simplify(sp.expand_log(defined - N)) == 0
+    assert sp.limit(N, z, 0, "+") == 0
+    assert N.subs(z, 1) == sp.diff(N, z).subs(z, 1) == 0
+    assert sp.limit(sp.diff(N, z), z, 0, "+") == sp.oo
+    # z N″ = z(2 - e^{z-1}) - ρ runs from -ρ to 1 - ρ, increasing: its derivative 2 - (1+z) e^{z-1} falls, to
+    # 0 at z = 1.
+    curvature = sp.expand(z * sp.diff(N, z, 2))
+    assert sp.simplify(curvature - (z * (2 - sp.exp(z - 1)) - rho)) == 0
+    assert sp.limit(curvature, z, 0) == -rho
+    assert sp.simplify(curvature.subs(z, 1) - (1 - rho)) == 0
+    assert sp.diff(curvature, z).subs(z, 1) == 0
+    assert sp.simplify(sp.diff(curvature, z, 2) + (2 + z) * sp.exp(z - 1)) == 0
+    # The decrease is that of the library's exact worst case, L0 = L1 = 1.
+    values = np.logspace(-2, 2, 41)
+    own = theory.exact_bound_1d(values, theory.quadratic_step(values, 1.0, 1.0) * values, 1.0, 1.0)
+    # Terms up to 100, each exact to 2⁻⁵².
+    np.testing.assert_allclose(-own, sp.lambdify(u, decrease)(values), rtol=0, atol=1e-13)
+
+
 def test_guarantee_is_never_less_than_half_of_the_1d_optimum():
     """g²/(2(L0 + L1 g)) ≥ half of u - ln(1+u) (in L0/L1²): u²/(1+u) - u + ln(1+u) = ln(1+u) - u/(1+u) ≥ 0."""
     gap = u**2 / (1 + u) - (u - sp.log(1 + u))
     assert sp.simplify(gap - (sp.log(1 + u) - u / (1 + u))) == 0
     assert gap.subs(u, 0) == 0
     assert sp.simplify(sp.diff(gap, u) - u / (1 + u) ** 2) == 0  # ≥ 0
+    assert sp.limit(u**2 / (1 + u) / (u - sp.log(1 + u)), u, sp.oo) == 1  # no fraction above the half will do

@@ -98,6 +98,46 @@ def test_hard_clipping_keeps_at_least_1_minus_1_over_e_in_one_dimension():
     assert sp.simplify(formula.subs(u, sp.E - 1) - 1) == 0
 
 
+def test_one_dimensional_fraction_of_hard_clipping_is_proved_piece_by_piece():
+    """D(u) = decrease - (1 - 1/e)(u - ln(1+u)) in units of L0/L1² rises throughout: from 0, from D(1) > 0,
+    from D(e - 1) = 1 - 2/e > 0.
+    """
+
+    def phi(t):
+        return sp.exp(t) - t - 1
+
+    rho, log = 1 - sp.exp(-1), sp.log(1 + u)
+    # -W at radius min{u, 1}/L1; the slope has vanished there if log ≤ radius, that is for u ≤ e - 1.
+    low = phi(log) - phi(u - log) - rho * (u - log)
+    middle = phi(log) - phi(1 - log) - rho * (u - log)
+    high = u - (1 + u) * phi(-sp.Integer(1)) - rho * (u - log)
+
+    assert low.subs(u, 0) == 0
+    bracket = 1 + sp.exp(-1) - sp.exp(u) / (1 + u)
+    assert sp.simplify(sp.diff(low, u) - u / (1 + u) * bracket) == 0
+    assert sp.simplify(sp.diff(bracket, u) + u * sp.exp(u) / (1 + u) ** 2) == 0  # falling on [0, 1] ...
+    assert bracket.subs(u, 1) > 0  # ... to a positive value
+
+    assert sp.simplify(middle - ((u - log) / sp.E - log + 2 - sp.E / (1 + u))) == 0
+    assert sp.simplify(middle.subs(u, 1) - low.subs(u, 1)) == 0
+    assert middle.subs(u, 1) > 0
+    # Both summands of the numerator are nonnegative while 1 + u ≤ e.
+    assert sp.simplify(sp.diff(middle, u) * (1 + u) ** 2 - (u * (1 + u) / sp.E + (sp.E - (1 + u)))) == 0
+
+    assert sp.simplify(high - (rho * (1 + log) - 1)) == 0
+    assert sp.simplify(high.subs(u, sp.E - 1) - middle.subs(u, sp.E - 1)) == 0
+    assert sp.simplify(high.subs(u, sp.E - 1) - (1 - 2 * sp.exp(-1))) == 0
+    assert 1 - 2 * sp.exp(-1) > 0
+
+    for piece, a, b in [(low, 0.01, 1), (middle, 1, math.e - 1), (high, math.e - 1, 100)]:
+        values = np.linspace(a, b, 50)
+        own = theory.exact_bound_1d(values, _hard_radius(values), 1.0, 1.0)
+        best = theory.exact_bound_1d(values, theory.exact_step_1d(values, 1.0, 1.0) * values, 1.0, 1.0)
+        # Terms up to 100, each exact to 2⁻⁵².
+        expected = sp.lambdify(u, piece)(values)
+        np.testing.assert_allclose(float(rho) * best - own, expected, rtol=0, atol=1e-13)
+
+
 def test_halved_hard_clipping_keeps_three_quarters():
     """With η = 1/(2 L0), γ = L0/L1: s in [1/2, 1] and s(2 - s) ≥ 3/4 of S7's guaranteed decrease, in every
     dimension.
@@ -123,6 +163,31 @@ def test_clipped_step_keeps_seventy_percent_under_the_phi_bound():
     assert np.argmin(own / best) == len(share) - 1
     # Against the guarantee g²/(2 L0 + 3 L1 g) of the simplified step it keeps at least 3/4.
     assert (own / (-theory.simplified_step(1.0, constant, 1.0) / 2)).min() >= 0.75
+
+
+def test_seventy_percent_is_proved_by_concavity():
+    """ρ = (1/3 - φ(1/3))/(2 ln 2 - 1). For c ≥ 2/5 the radius is 1/3 and c/3 - φ(1/3) - ρ·best is concave;
+    for c ≤ 2/5, φ(t) ≤ 9 φ(1/3) t².
+    """
+    third, two_fifths = sp.Rational(1, 3), sp.Rational(2, 5)
+    at_third = sp.exp(third) - sp.Rational(4, 3)
+    rho = (third - at_third) / (2 * sp.log(2) - 1)
+    best = (1 + c) * sp.log(1 + c) - c
+    # L1 r = min{L1 g/(2 L0), 1/3} and L1 g/L0 = c/(1 - c): the corner is at c = 2/5.
+    assert sp.solve(c / (2 * (1 - c)) - third, c) == [two_fifths]
+    above = c * third - at_third - rho * best
+    assert sp.simplify(sp.diff(above, c, 2) + rho / (1 + c)) == 0
+    assert above.subs(c, two_fifths) > 0
+    assert sp.simplify(above.subs(c, 1)) == 0
+    # Below: best ≤ c²/2, since its derivative is ln(1+c) ≤ c. With s = L1 r/c = 1/(2(1 - c)) in [1/2, 5/6]
+    # the decrease is at least c²(s - 9 φ(1/3) s²), concave in s.
+    assert sp.simplify(sp.diff(best, c) - sp.log(1 + c)) == 0
+    for s in (sp.Rational(1, 2), sp.Rational(5, 6)):
+        assert s - 9 * at_third * s**2 > rho / 2
+    t = np.linspace(1e-3, 1 / 3, 1000)
+    assert (
+        theory.phi(t) <= 9 * float(at_third) * t**2 * (1 + 1e-13)
+    ).all()  # φ(t)/t² = Σ tᵏ/(k+2)! increases
 
 
 def test_steepest_step_as_printed_is_refuted_by_line_search_on_a_flat_parabola():
