@@ -1,6 +1,7 @@
 """book/_ext/gradclip_book.py on a small book: what it renders, and that each kind of mistake is a warning."""
 
 import base64
+import dataclasses
 import importlib.util
 import io
 import json
@@ -61,7 +62,12 @@ def build(tmp_path, monkeypatch):
     figure = {
         "cell_type": "code",
         "source": "fig",
-        "metadata": {"mystnb": {"image": {"alt": "a white pixel"}, "figure": {"name": "fig-00-pixel"}}},
+        "metadata": {
+            "mystnb": {
+                "image": {"alt": "a white pixel"},
+                "figure": {"name": "fig-00-pixel", "caption": "One $x$"},
+            }
+        },
         "outputs": [{"output_type": "display_data", "data": {"image/png": PIXEL}, "metadata": {}}],
     }
     (project / "_build/notebooks/00_x.ipynb").write_text(json.dumps({"cells": [figure]}))
@@ -92,7 +98,7 @@ def build(tmp_path, monkeypatch):
         doctree = app.env.get_doctree("index")
         return doctree, (tmp_path / "html/index.html").read_text(), warnings.getvalue()
 
-    render.project = project
+    render.project, render.record = project, record
     return render
 
 
@@ -139,14 +145,15 @@ def test_a_test_is_linked_to_its_line_and_marked(build):
     ("text", "warning"),
     [
         ("{measured}`demo/smoke#slop`", "record 'demo/smoke' has no key 'slop'"),
-        ("{measured}`demo/paper#slope`", "0 records are named 'demo/paper'"),
+        ("{measured}`demo/paper#slope`", "no record is named 'demo/paper'"),
         ("{measured}`demo/smoke#name|.2f`", "Unknown format code 'f'"),
         ("{paper}`95.2 %`", "expected NUMBER|SECTION"),
         ("{test}`tests/test_a.py::test_none`", "tests/test_a.py has no 'test_none'"),
         ("{test}`tests/test_b.py::test_good`", "no test file 'tests/test_b.py'"),
         ("{test}`tests/test_a.py::TestGroup`", "tests/test_a.py::TestGroup was not run"),
         ("{test}`tests/test_a.py::TestGroup::test_bad`", "tests/test_a.py::TestGroup::test_bad failed"),
-        ("```{record} demo/paper\n```", "0 records are named 'demo/paper'"),
+        ("{verdict}`X2`", "no claim 'X2'"),
+        ("```{record} demo/paper\n```", "no record is named 'demo/paper'"),
         ("```{notebook-figure} notebooks/00_x#fig-00-none\n```", "no notebooks/00_x#fig-00-none"),
     ],
 )
@@ -160,11 +167,34 @@ def test_a_changed_record_is_refused(build):
     assert "series.csv" in build("{measured}`demo/smoke#slope`")[2]
 
 
+def test_this_builds_record_comes_before_a_recorded_one(build):
+    other = dataclasses.replace(build.record, scalars={"slope": 9.0})
+    records.save(other, build.project / "results")
+    doctree, _, warnings = build("{measured}`demo/smoke#slope|.2f`")
+    assert warnings == ""
+    assert abbreviations(doctree)[0][0] == "1.23"
+
+
+def test_two_devices_under_one_name_must_be_told_apart(build):
+    provenance = {**build.record.provenance, "device": "h200"}
+    records.save(dataclasses.replace(build.record, provenance=provenance), build.project / "_build/records")
+    warnings = build("{measured}`demo/smoke#slope`\n\n```{claims-summary}\n```")[2]
+    assert "2 records of records are named 'demo/smoke'; add the device" in warnings
+    assert "claim X1: 2 records" in warnings
+    assert build("{measured}`demo/smoke-h200#slope|.2f`")[2] == ""
+
+
+def test_a_damaged_record_is_a_warning_on_the_claims_page_too(build):
+    series = build.project / "_build/records/demo/smoke-cpu/series.csv"
+    series.write_text("x\n1.0\n")
+    assert "claim X1:" in build("```{claims-summary}\n```\n\n```{claims-detail}\n```")[2]
+
+
 def test_a_record_tells_its_origin(build):
     doctree, _, warnings = build("```{record} demo/smoke\n```")
     assert warnings == ""
     assert records.source_hash()[:12] in doctree.astext()
-    assert "today" in doctree.astext()
+    assert "the source of this build" in doctree.astext()
 
 
 def test_a_record_of_other_source_is_flagged(build, monkeypatch):
@@ -181,6 +211,25 @@ def test_a_figure_of_a_notebook_is_shown_with_its_alt_text(build):
     assert warnings == ""
     (image,) = doctree.findall(nodes.image)
     assert image["alt"] == "a white pixel"
+    (caption,) = doctree.findall(nodes.caption)
+    assert caption.astext().startswith("One x")
+
+
+def test_a_verdict_is_a_badge_that_leads_to_its_evidence(build):
+    _, html, warnings = build("{verdict}`X1`\n\n```{claims-detail}\n```")
+    assert warnings == ""
+    assert re.search(r'href="#claim-x1">.*X1.* <span class="[^"]*sd-bg-success[^"]*">holds</span>', html)
+
+
+def test_a_summary_can_be_narrowed_to_a_prefix(build):
+    rows = [CLAIM, {**CLAIM, "id": "Y1", "note": "made later"}]
+    (build.project / "claims.yml").write_text(yaml.safe_dump(rows))
+    doctree, _, warnings = build("```{claims-summary} Y\n```\n\n```{claims-detail}\n```")
+    assert warnings == ""
+    (table,) = doctree.findall(nodes.table)
+    assert "Y1" in table.astext()
+    assert "X1" not in table.astext()
+    assert "made later" in doctree.astext()
 
 
 def test_claims_show_verdict_and_evidence(build):

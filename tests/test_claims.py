@@ -107,7 +107,18 @@ def test_a_claim_without_checks_never_holds():
     [
         ({"kind": "guessed"}, "kind must be one of .* got 'guessed'"),
         ({"verdict": "maybe"}, "verdict must be one of .* got 'maybe'"),
-        ({"statement": None}, "statement is missing"),
+        ({"statement": None}, "statement must be a text, got None"),
+        ({"statement": " "}, "statement must be a text, got ' '"),
+        ({"supported_by": ["tests/a.py::s"]}, "a check must be a mapping, got 'tests/a.py::s'"),
+        ({"supported_by": {"test": "tests/a.py::s"}}, "checks are a list, got {'test'"),
+        ({"supported_by": [{"test": 3}]}, "a check is .* got {'test': 3}"),
+        ({"supported_by": [{"record": "r", "key": "k", "op": "<", "threshold": True}]}, "a number, got True"),
+        (
+            {"supported_by": [{"record": "r", "key": "k", "op": "<", "threshold": float("nan")}]},
+            "number, got nan",
+        ),
+        ({"corrected": "four is even"}, "corrected must be a mapping, got 'four is even'"),
+        ({"corrected": {"statement": "x", "supported_by": []}}, "needs checks, got none"),
         ({"colour": "green"}, r"unknown fields \['colour'\]"),
         ({"supported_by": [{"tset": "a"}]}, "a check is"),
         (
@@ -118,7 +129,7 @@ def test_a_claim_without_checks_never_holds():
             {"supported_by": [{"record": "r", "key": "k", "op": "<", "threshold": "two"}]},
             "threshold must be a number, got 'two'",
         ),
-        ({"corrected": {"statement": "x"}}, "come together"),
+        ({"corrected": {"statement": "x"}}, "corrected is {statement, supported_by}, got"),
         ({"supported_by": None, "refuted_by": None, "corrected": None}, "without checks"),
     ],
 )

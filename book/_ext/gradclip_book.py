@@ -16,6 +16,10 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.unsrt import Style as UnsrtStyle
+from pybtex.style.labels import BaseLabelStyle
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -30,25 +34,32 @@ BADGE = {
     claims.FAILS: "danger",
     claims.UNTESTED: "muted",
 }
+BADGE_CLASSES = {verdict: [f"sd-bg-{colour}", f"sd-bg-text-{colour}"] for verdict, colour in BADGE.items()}
 
 
 class UnknownEvidence(LookupError):
     """A record, key or test that a page names does not exist."""
 
 
+class MissingRecord(UnknownEvidence):
+    """No record of that name exists, in this build or in ``results/``."""
+
+
 @cache
 def load_record(root: Path, name: str) -> records.Record:
-    """The record ``EXPERIMENT/PROFILE`` or ``EXPERIMENT/PROFILE-DEVICE``, of the build or of ``results/``."""
+    """The record ``EXPERIMENT/PROFILE`` or ``EXPERIMENT/PROFILE-DEVICE``.
+
+    A record of this build comes before one of ``results/``, which may be there for comparison.
+    """
     experiment, _, run = name.partition("/")
-    found = [
-        path
-        for folder in (root / "_build/records", root / "results")
-        for pattern in (run, f"{run}-*")
-        for path in sorted(folder.glob(f"{experiment}/{pattern}/record.json"))
-    ]
-    if len(found) != 1:
-        raise UnknownEvidence(f"{len(found)} records are named {name!r}; one is needed")
-    return records.load(found[0].parent)
+    for folder in (root / "_build/records", root / "results"):
+        patterns = (f"{experiment}/{run}/record.json", f"{experiment}/{run}-*/record.json")
+        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if len(found) > 1:
+            raise UnknownEvidence(f"{len(found)} records of {folder.name} are named {name!r}; add the device")
+        if found:
+            return records.load(found[0].parent)
+    raise MissingRecord(f"no record is named {name!r}")
 
 
 def scalar(root: Path, record: str, key: str) -> float | int | str | bool | None:
@@ -86,6 +97,24 @@ def test_address(root: Path, test: str) -> str:
             raise UnknownEvidence(f"{file} has no {name!r}")
         body = node.body
     return f"{repository(root)}/blob/main/{file}#L{node.lineno}"
+
+
+class AuthorYearLabels(BaseLabelStyle):
+    """Label the bibliography as the text cites it: first author and year."""
+
+    def format_labels(self, entries):
+        for entry in entries:
+            people = entry.persons.get("author") or entry.persons.get("editor") or []
+            names = [" ".join(person.prelast_names + person.last_names) for person in people]
+            who = names[0] + " et al." if len(names) > 2 else " and ".join(names)
+            yield f"{who or entry.key}, {entry.fields['year']}"
+
+
+class AuthorYearStyle(UnsrtStyle):
+    """The references page: sorted by author, labelled by author and year."""
+
+    default_sorting_style = "author_year_title"
+    default_label_style = AuthorYearLabels
 
 
 class MeasuredRole(SphinxRole):
@@ -167,6 +196,30 @@ def list_cited_tests(app: Sphinx, doctree: nodes.document) -> None:
     doctree.next_node(nodes.section).append(section)
 
 
+class VerdictRole(SphinxRole):
+    """``{verdict}`ID` ``: the computed verdict on a claim as a badge, and a link to its evidence."""
+
+    def run(self):
+        root = Path(self.env.srcdir)
+        claim = next((claim for claim in claims.load(root / "claims.yml") if claim.id == self.text), None)
+        if claim is None:
+            logger.warning("verdict: no claim %r", self.text, location=self.get_location())
+            return [], []
+        verdict = computed_verdict(claim, evidence(root), self.get_location())
+        badge = nodes.inline("", verdict, classes=["sd-sphinx-override", "sd-badge", *BADGE_CLASSES[verdict]])
+        link = addnodes.pending_xref(
+            "",
+            nodes.inline("", claim.id),
+            refdomain="std",
+            reftype="ref",
+            reftarget=f"claim-{claim.id.lower()}",
+            refexplicit=True,
+            refdoc=self.env.docname,
+            refwarn=True,
+        )
+        return [link, nodes.Text(" "), badge], []
+
+
 class MarkdownDirective(SphinxDirective):
     """A directive that writes MyST."""
 
@@ -183,16 +236,15 @@ class MarkdownDirective(SphinxDirective):
 def evidence(root: Path) -> claims.Evidence:
     def lookup(record: str, key: str):
         try:
-            load_record(root, record)
-        except UnknownEvidence:
+            return scalar(root, record, key)
+        except MissingRecord:
             return None
-        return scalar(root, record, key)
 
     return claims.Evidence(test_outcomes(root), lookup)
 
 
 class NotebookFigureDirective(MarkdownDirective):
-    """``{notebook-figure} NOTEBOOK#NAME``: a figure of an executed notebook, shown on another page."""
+    """``{notebook-figure} NOTEBOOK#NAME``: an executed notebook's figure, with its caption."""
 
     required_arguments = 1
 
@@ -202,30 +254,48 @@ class NotebookFigureDirective(MarkdownDirective):
         nb = json.loads(executed.read_text(encoding="utf-8")) if executed.is_file() else {"cells": []}
         for cell in nb["cells"]:
             mystnb = cell["metadata"].get("mystnb", {})
-            pngs = [
-                output["data"]["image/png"]
-                for output in cell.get("outputs", ())
-                if "image/png" in output.get("data", {})
-            ]
-            if mystnb.get("figure", {}).get("name") == figure and pngs:
+            bundles = (output.get("data", {}) for output in cell.get("outputs", ()))
+            png = next((data["image/png"] for data in bundles if "image/png" in data), None)
+            if mystnb.get("figure", {}).get("name") == figure and png:
                 image = self.root / "_build/figures" / f"{figure}.png"
                 image.parent.mkdir(parents=True, exist_ok=True)
-                image.write_bytes(base64.b64decode(pngs[0]))
-                alt = mystnb["image"]["alt"]
-                return self.parse([f":::{{image}} /_build/figures/{image.name}", f":alt: {alt}", ":::"])
+                image.write_bytes(base64.b64decode(png))
+                return self.parse(
+                    [
+                        f":::{{figure}} /_build/figures/{image.name}",
+                        f":alt: {mystnb['image']['alt']}",
+                        "",
+                        mystnb["figure"]["caption"],
+                        ":::",
+                    ]
+                )
         logger.warning("notebook-figure: no %s", self.arguments[0], location=self.get_location())
         return []
 
 
+def computed_verdict(claim: claims.Claim, known: claims.Evidence, location: str) -> str:
+    """The verdict on a claim; evidence that is damaged or ambiguous is a warning, not a verdict."""
+    try:
+        return claims.judge(claim, known)
+    except (UnknownEvidence, records.RecordError) as error:
+        logger.warning("claim %s: %s", claim.id, error, location=location)
+        return claims.UNTESTED
+
+
 class ClaimsSummaryDirective(MarkdownDirective):
-    """One row per claim: where it is made, what it says, the verdict computed in this build."""
+    """One row per claim, or per claim whose id starts with the argument: the computed verdict, the claim."""
+
+    optional_arguments = 1
 
     def run(self):
-        lines = [":::{list-table}", ":header-rows: 1", ":widths: 10 25 65", ":class: claims", ""]
+        prefix = self.arguments[0] if self.arguments else ""
+        lines = [":::{list-table}", ":header-rows: 1", ":widths: 9 31 60", ":class: claims", ""]
         lines += ["* - Claim", "  - Verdict", "  - Statement"]
         known = evidence(self.root)
         for claim in claims.load(self.root / "claims.yml"):
-            verdict = claims.judge(claim, known)
+            verdict = computed_verdict(claim, known, self.get_location())
+            if not claim.id.startswith(prefix):
+                continue
             if verdict != claim.verdict:
                 logger.warning(
                     "claim %s: claims.yml says %r, the evidence says %r",
@@ -249,7 +319,7 @@ class ClaimsDetailDirective(MarkdownDirective):
         lines = []
         known = evidence(self.root)
         for claim in claims.load(self.root / "claims.yml"):
-            verdict = claims.judge(claim, known)
+            verdict = computed_verdict(claim, known, self.get_location())
             lines += [
                 f"::::{{dropdown}} {claim.id}: {verdict}",
                 f":name: claim-{claim.id.lower()}",
@@ -265,6 +335,8 @@ class ClaimsDetailDirective(MarkdownDirective):
                 lines += [f"**Corrected statement.** {claim.corrected}", ""]
             if claim.untested:
                 lines += [f"**Not tested.** {claim.untested}", ""]
+            if claim.note:
+                lines += [f"**Note.** {claim.note}", ""]
             for title, checks in (
                 ("Supports the statement", claim.supported_by),
                 ("Refutes the statement as worded", claim.refuted_by),
@@ -284,9 +356,13 @@ class ClaimsDetailDirective(MarkdownDirective):
         if check.test:
             address, mark = resolve_test(self.root, check.test, self.get_location())
             return f"{mark} [`{check.test.removeprefix('tests/')}`]({address})"
-        outcome = {True: "yes", False: "no", None: "no record"}[known.outcome(check)]
-        if known.outcome(check) is None:
-            return f"`{check}`: {outcome}"
+        try:
+            outcome = known.outcome(check)
+        except (UnknownEvidence, records.RecordError):  # told with the verdict
+            outcome = None
+        if outcome is None:
+            return f"`{check}`: no record"
+        outcome = "yes" if outcome else "no"
         return f"`{check}`: measured {{measured}}`{check.record}#{check.key}|.3g`, {outcome}"
 
 
@@ -304,7 +380,7 @@ class RecordDirective(MarkdownDirective):
             return []
         made = record.provenance
         current = records.is_current(record)
-        origin = "which is today's." if current else "**which has changed since.**"
+        origin = "the source of this build." if current else "**which has changed since.**"
         lines = [
             f":::{{admonition}} Record {name}",
             f":class: {'note' if current else 'warning'}",
@@ -339,12 +415,14 @@ def drop_live_code(
 
 
 def setup(app: Sphinx) -> dict:
+    register_plugin("pybtex.style.formatting", "author_year", AuthorYearStyle)
     app.connect("source-read", show_executed_notebook)
     app.connect("doctree-read", list_cited_tests)
     app.connect("html-page-context", drop_live_code, priority=900)
     app.add_role("measured", MeasuredRole())
     app.add_role("paper", PaperRole())
     app.add_role("test", TestRole())
+    app.add_role("verdict", VerdictRole())
     app.add_directive("notebook-figure", NotebookFigureDirective)
     app.add_directive("claims-summary", ClaimsSummaryDirective)
     app.add_directive("claims-detail", ClaimsDetailDirective)

@@ -5,7 +5,8 @@ is computed from them, never typed:
 
 * ``supported_by``: checks that must all come out true for the claim to stand as it is worded;
 * ``refuted_by``: checks of which one is enough to overturn that wording (a counter-example);
-* ``corrected``: the statement that does hold, with its own ``supported_by``.
+* ``corrected``: the statement that does hold, with its own ``supported_by``;
+* ``note``: what a reader must know about how the checks came about.
 
 A check is either ``{test: ID}``, true when that pytest id passed, or ``{record: EXPERIMENT/PROFILE, key: KEY,
 op: OP, threshold: NUMBER}``, true when the record's scalar compares as stated. A missing record or a test
@@ -73,6 +74,7 @@ class Claim:
     corrected: str | None
     corrected_supported_by: tuple[Check, ...]
     untested: str | None
+    note: str | None
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -153,53 +155,69 @@ def load(path: str | Path) -> tuple[Claim, ...]:
 
 def parse(row: Mapping[str, Any]) -> Claim:
     """One claim from its mapping in ``claims.yml``; raises :class:`ClaimError` as :func:`load` does."""
+    if not isinstance(row, Mapping):
+        raise ClaimError(f"a claim is a mapping, got {row!r}")
     row = dict(row)
     name = row.get("id", "(without id)")
 
-    def take(field: str, default: str | None = "") -> Any:
-        value = row.pop(field, default)
-        if value == "":
-            raise ClaimError(f"claim {name}: {field} is missing")
+    def take(field: str, *, optional: bool = False) -> str | None:
+        value = row.pop(field, None)
+        if value is None and optional:
+            return None
+        if not isinstance(value, str) or not value.strip():
+            raise ClaimError(f"claim {name}: {field} must be a text, got {value!r}")
         return value
 
-    corrected = dict(row.pop("corrected", None) or {})
+    corrected = row.pop("corrected", None)
+    if corrected is not None and set(_mapping(name, "corrected", corrected)) != {"statement", "supported_by"}:
+        raise ClaimError(f"claim {name}: corrected is {{statement, supported_by}}, got {corrected!r}")
     claim = Claim(
-        id=str(take("id")),
+        id=take("id"),
         source=take("source"),
         kind=take("kind"),
         statement=take("statement"),
-        needs=take("needs", "nothing beyond its own definition"),
+        needs=take("needs", optional=True) or "nothing beyond its own definition",
         page=take("page"),
         verdict=take("verdict"),
-        supported_by=_checks(name, row.pop("supported_by", ())),
-        refuted_by=_checks(name, row.pop("refuted_by", ())),
-        corrected=corrected.pop("statement", None),
-        corrected_supported_by=_checks(name, corrected.pop("supported_by", ())),
-        untested=take("untested", None),
+        supported_by=_checks(name, row.pop("supported_by", [])),
+        refuted_by=_checks(name, row.pop("refuted_by", [])),
+        corrected=corrected["statement"] if corrected else None,
+        corrected_supported_by=_checks(name, corrected["supported_by"]) if corrected else (),
+        untested=take("untested", optional=True),
+        note=take("note", optional=True),
     )
-    if row or corrected:
-        raise ClaimError(f"claim {name}: unknown fields {sorted([*row, *corrected])}")
+    if row:
+        raise ClaimError(f"claim {name}: unknown fields {sorted(row)}")
     for field, value, allowed in (("kind", claim.kind, KINDS), ("verdict", claim.verdict, VERDICTS)):
         if value not in allowed:
             raise ClaimError(f"claim {name}: {field} must be one of {allowed}, got {value!r}")
-    if (claim.corrected is None) != (not claim.corrected_supported_by):
-        raise ClaimError(f"claim {name}: a corrected statement and its checks come together")
+    if corrected and not claim.corrected_supported_by:
+        raise ClaimError(f"claim {name}: a corrected statement needs checks, got none")
     if not claim.checks and claim.untested is None:
         raise ClaimError(f"claim {name}: without checks it must say in 'untested' what is missing")
     return claim
 
 
+def _mapping(name: str, field: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ClaimError(f"claim {name}: {field} must be a mapping, got {value!r}")
+    return value
+
+
 def _checks(name: str, rows: Any) -> tuple[Check, ...]:
+    if not isinstance(rows, list):
+        raise ClaimError(f"claim {name}: checks are a list, got {rows!r}")
     checks = []
-    for row in rows or ():
-        fields = set(row)
-        if fields == {"test"}:
+    for row in rows:
+        fields = set(_mapping(name, "a check", row))
+        if fields == {"test"} and isinstance(row["test"], str):
             checks.append(Check(test=row["test"]))
         elif fields == {"record", "key", "op", "threshold"}:
             if row["op"] not in OPERATORS:
                 raise ClaimError(f"claim {name}: op must be one of {tuple(OPERATORS)}, got {row['op']!r}")
-            if not isinstance(row["threshold"], int | float):
-                raise ClaimError(f"claim {name}: threshold must be a number, got {row['threshold']!r}")
+            threshold = row["threshold"]
+            if isinstance(threshold, bool) or not isinstance(threshold, int | float) or math.isnan(threshold):
+                raise ClaimError(f"claim {name}: threshold must be a number, got {threshold!r}")
             checks.append(Check(**row))
         else:
             raise ClaimError(
