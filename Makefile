@@ -3,12 +3,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --quiet rules host progress --rerun-incomplete --cores all
+# The kernel gives the folder's lock back when a build dies; Snakemake's own would have to be removed by hand.
+SNAKEMAKE = rm -f _build/failed/*.txt; flock --nonblock --close --conflict-exit-code 75 $(VENV) \
+  $(BIN)/snakemake --snakefile workflow/Snakefile --nolock --quiet rules host progress --rerun-incomplete --cores all
+FAILED = { status=$$?; test $$status != 75 || echo "gradclip: another build is running in this folder"; \
+  cat _build/failed/*.txt 2>/dev/null; exit 1; }
 
 # The notebooks' kernel, papermill and the tests all run the environment's own programs, whatever the caller's PATH says.
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup book test lint links serve clean distclean
 .DEFAULT_GOAL := help
@@ -24,8 +28,12 @@ help:
 	@echo "make distclean  remove the environment too"
 
 setup: $(READY)
+ifneq ($(origin PYTHON), file)
+	@test "$$($(PYTHON) -V)" = "$$($(BIN)/python -V)" \
+	  || { echo "gradclip: $(VENV) has $$($(BIN)/python -V); make distclean first, to make it anew with $(PYTHON)"; exit 1; }
+endif
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "gradclip: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make setup PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash scripts/system_packages.sh
@@ -36,11 +44,11 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 book: $(READY)
-	@$(SNAKEMAKE) || { cat _build/failed/*.txt 2>/dev/null; exit 1; }
+	@$(SNAKEMAKE) || $(FAILED)
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html (make serve shows it on localhost)"
 
 notebook_%: $(READY)
-	@$(SNAKEMAKE) $@
+	@$(SNAKEMAKE) $@ || $(FAILED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

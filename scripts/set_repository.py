@@ -58,7 +58,7 @@ def set_repository(root: Path, new: str) -> list[Path]:
     Raises:
         ValueError: ``new`` is not OWNER/NAME; nothing is written.
     """
-    if not SLUG.fullmatch(new):
+    if not SLUG.fullmatch(new) or new.endswith((".git", "/.", "/..")):
         raise ValueError(f"the repository must be OWNER/NAME, got {new!r}")
     old = current(root)
     changed = []

@@ -97,6 +97,24 @@ def test_a_failure_names_notebook_cell_and_error_last_and_keeps_the_traceback(pr
     assert not list((root / "_build/failed").iterdir())
 
 
+def test_a_dead_kernel_is_told_like_any_other_failure(project):
+    root, write = project
+    write("x = 1", "import os\nos._exit(1)")
+    done = execute(root)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "notebooks/00_x.ipynb, cell 4 of 4: DeadKernelError: Kernel died"
+    assert (root / "_build/failed/00_x.txt").read_text().strip().splitlines()[-1] == last
+    assert (root / "_build/failed/00_x.ipynb").is_file()
+
+
+def test_an_error_of_many_lines_keeps_the_notebook_on_the_last_one(project):
+    root, write = project
+    write("raise ValueError('first\\nsecond')")
+    last = execute(root).stderr.strip().splitlines()[-1]
+    assert last == "notebooks/00_x.ipynb, cell 3 of 3: ValueError: first second"
+
+
 def test_a_killed_run_leaves_nothing_under_the_final_name(project):
     root, write = project
     write("open('started', 'w').close()", "import time\ntime.sleep(600)")

@@ -44,6 +44,15 @@ def test_all_files_agree_with_pyproject():
     assert addresses(ROOT) == {repository.current(ROOT)}
 
 
+def test_no_other_file_carries_the_address():
+    """What the script does not rewrite must not need it."""
+    slug = repository.current(ROOT)
+    others = [ROOT / "environment.yml", ROOT / "Makefile", ROOT / "claims.yml", ROOT / "_toc.yml"]
+    for folder in ("src/gradclip", "scripts", "workflow", ".github", "book/_ext", "book/_static"):
+        others += [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert [path for path in others if f"/{slug}" in path.read_text()] == []
+
+
 def carriers(root):
     slug = repository.current(root)
     return {path for path in repository.files(root) if f"/{slug}" in path.read_text()}
@@ -66,9 +75,10 @@ def test_set_repository_changes_every_mention_and_is_idempotent(copy):
         assert path.read_text() == (ROOT / path.relative_to(copy)).read_text()
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "owner", "owner/", "/name", "a/b/c", "ow ner/x", "-o/x", "https://github.com/a/b"]
-)
+NO_ADDRESSES = ["", "owner", "owner/", "/name", "a/b/c", "ow ner/x", "-o/x", "a/.", "a/..", "a/b.git"]
+
+
+@pytest.mark.parametrize("wrong", [*NO_ADDRESSES, "https://github.com/a/b"])
 def test_a_wrong_name_is_refused_and_nothing_is_written(copy, wrong):
     with pytest.raises(ValueError, match=re.escape(f"got {wrong!r}")):
         repository.set_repository(copy, wrong)

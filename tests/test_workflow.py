@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2"]
 COPIED = ["book", "notebooks", "results", "src", "tests", "workflow"]
-FILES = ["_config.yml", "_toc.yml", "claims.yml", "pyproject.toml"]
+FILES = ["_config.yml", "_toc.yml", "claims.yml", "pyproject.toml", "requirements.lock"]
 
 
 def snakemake(root, *arguments):
@@ -71,6 +71,9 @@ def project(built, tmp_path):
 ALL_NOTEBOOKS = {f"notebook_{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
+EVERYTHING = {"book", "checks", "experiment_language_model", *ALL_NOTEBOOKS}
+
+
 def test_no_change_plans_nothing(project):
     assert planned(project) == set()
 
@@ -91,7 +94,17 @@ def test_an_edit_of_one_notebook_runs_that_one(project):
 
 def test_an_edit_of_the_library_runs_everything(project):
     edit(project / "src/gradclip/rules.py", "\n")
-    assert planned(project) == {"book", "checks", *ALL_NOTEBOOKS}
+    assert planned(project) == EVERYTHING
+
+
+def test_another_environment_runs_everything(project):
+    edit(project / "requirements.lock", "# torch==3.0.0\n")
+    assert planned(project) == EVERYTHING
+
+
+def test_an_edit_of_the_notebook_of_an_experiment_keeps_its_record(project):
+    edit(project / "notebooks/04_first_measurement.ipynb", "\n")
+    assert planned(project) == {"notebook_04_first_measurement", "book"}
 
 
 def test_citing_another_test_runs_the_checks_and_not_the_notebooks(project):

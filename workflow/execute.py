@@ -49,23 +49,27 @@ class ProgressLines:
         sys.stderr.flush()
 
 
-def failure_message(notebook: Path, kept: Path, error: PapermillExecutionError) -> str:
-    """Which notebook, which cell (counted as in the committed file) and which error, the last line last."""
+def is_unfinished(cell: nbformat.NotebookNode) -> bool:
+    """Whether a cell failed, or was running when its kernel died: papermill calls the latter completed."""
+    status = cell.metadata.get("papermill", {}).get("status")
+    kernel = cell.metadata.get("execution", {})
+    return status in ("failed", "running") or (
+        "iopub.status.busy" in kernel and "iopub.status.idle" not in kernel
+    )
+
+
+def failure_message(notebook: Path, kept: Path, error: Exception) -> str:
+    """Which notebook, which cell (counted as in the committed file) and which error, on the last line."""
     ids = [cell.id for cell in nbformat.read(notebook, as_version=4).cells]
-    failed = next(
-        (
-            cell.id
-            for cell in nbformat.read(kept, as_version=4).cells
-            if any(output.output_type == "error" for output in cell.get("outputs", ()))
-        ),
-        None,
-    )
-    # papermill adds a cell with the parameters, so its own count is one too high below that cell.
-    where = (
-        f"cell {ids.index(failed) + 1} of {len(ids)}" if failed in ids else f"cell In [{error.exec_count}]"
-    )
-    error_text = ANSI.sub("", error.evalue)
-    return f"executed copy with the traceback: {kept}\n{notebook}, {where}: {error.ename}: {error_text}"
+    # papermill adds a cell with the parameters; the committed cells keep their ids.
+    cells = nbformat.read(kept, as_version=4).cells if kept.is_file() else []
+    unfinished = [ids.index(cell.id) + 1 for cell in cells if cell.id in ids and is_unfinished(cell)]
+    where = f"cell {unfinished[0]} of {len(ids)}" if unfinished else "outside its cells"
+    if isinstance(error, PapermillExecutionError):
+        told = f"{error.ename}: {ANSI.sub('', error.evalue)}"
+    else:  # the kernel was killed or could not start
+        told = f"{type(error).__name__}: {error}"
+    return f"executed copy: {kept}\n{notebook}, {where}: {' '.join(told.split())}"
 
 
 def clean(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -90,6 +94,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     told = failed.with_suffix(".txt")
     for path in (running, failed, output):
         path.parent.mkdir(parents=True, exist_ok=True)
+    for path in (running, failed, told):
+        path.unlink(missing_ok=True)  # of an earlier run
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -97,7 +103,6 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
             parameters=parameters,
             kernel_name="python3",
             cwd=str(notebook.parent),
-            request_save_on_cell_execute=False,
             # The kernel's own remarks on its transport and its shutdown would drown the progress.
             extra_arguments=["--log-level=CRITICAL"],
             progress_bar={
@@ -108,15 +113,14 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
                 "leave": True,
             },
         )
-    except PapermillExecutionError as error:
-        os.replace(running, failed)
+    except Exception as error:
+        if running.is_file():
+            os.replace(running, failed)
         message = failure_message(notebook, failed, error)
         told.write_text(message + "\n", encoding="utf-8")
         sys.exit(message)
     nbformat.write(clean(nbformat.read(running, as_version=4)), running)
     os.replace(running, output)
-    failed.unlink(missing_ok=True)
-    told.unlink(missing_ok=True)
 
 
 def main() -> None:
