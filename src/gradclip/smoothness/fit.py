@@ -361,32 +361,29 @@ def _quantiles(g: _Array, s: _Array, *, q: float) -> tuple[_Array, _Array]:
     x, y = g / g_scale, s / s_scale
     k = max(math.ceil(q * x.shape[1] - 1e-9), 1) - 1  # the lower of two quantiles; q n may be rounded upwards
 
-    def at(slope: _Array) -> tuple[_Array, _Array, _Array]:
+    def at(slope: _Array) -> tuple[_Array, _Array]:
+        """The best intercept, and a subgradient of h."""
         residual = y - slope[:, None] * x
         intercept = np.maximum(np.partition(residual, k, axis=1)[:, k], 0.0)
         residual -= intercept[:, None]
         weight = np.where(residual > 0, q, q - 1.0)
-        height = (weight * residual).sum(axis=1)
         # The points on the line may take any weight in between. All weights add up to 0 where the intercept
         # is free.
         on = residual == 0
         weight[on] = 0.0
         share = np.clip(-weight.sum(axis=1) / np.maximum(on.sum(axis=1), 1), q - 1.0, q)
-        rise = -((weight + share[:, None] * on) * x).sum(axis=1)
-        return intercept, height, rise
+        return intercept, -((weight + share[:, None] * on) * x).sum(axis=1)
 
     low, high = np.zeros(len(x)), (y / x).max(axis=1)
-    high[at(low)[2] >= 0] = 0.0
+    high[at(low)[1] >= 0] = 0.0
     # Heights are at most 1: no slope below 1e-18 can be told from 0.
     while (open_ := high - low > np.maximum(1e-18, np.spacing(low))).any():
         middle = np.where(open_, low + (high - low) / 2, low)
-        rises = at(middle)[2] >= 0
+        rises = at(middle)[1] >= 0
         high = np.where(open_ & rises, middle, high)
         low = np.where(open_ & ~rises, middle, low)
-    (low_intercept, low_height, _), (high_intercept, high_height, _) = at(low), at(high)
-    lower = low_height <= high_height
-    intercept, slope = np.where(lower, low_intercept, high_intercept), np.where(lower, low, high)
-    return intercept * s_scale[:, 0], slope * (s_scale / g_scale)[:, 0]
+    intercept, _ = at(low)
+    return intercept * s_scale[:, 0], low * (s_scale / g_scale)[:, 0]
 
 
 def _envelopes(g: _Array, s: _Array) -> tuple[_Array, _Array]:
