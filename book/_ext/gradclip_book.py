@@ -105,7 +105,9 @@ class AuthorYearLabels(BaseLabelStyle):
     def format_labels(self, entries):
         for entry in entries:
             people = entry.persons.get("author") or entry.persons.get("editor") or []
-            names = [" ".join(person.prelast_names + person.last_names) for person in people]
+            names = [
+                " ".join(map(str, person.rich_prelast_names + person.rich_last_names)) for person in people
+            ]
             who = names[0] + " et al." if len(names) > 2 else " and ".join(names)
             yield f"{who or entry.key}, {entry.fields['year']}"
 
