@@ -511,8 +511,8 @@ def test_bfloat16_autocast_has_the_floor_that_the_docstring_states():
     assert abs(measured.values[1] - expected.values[1]) < 3 * floor
     assert floor > 3 * expected.values[1]  # so that nothing of the truth is left there
 
-    # A region around the call keeps bfloat16 copies of the parameters, which must not be used again: not those
-    # made inside, and not those made before the parameters were last changed.
+    # A region around the call keeps bfloat16 copies of the parameters, which must not be used again: neither
+    # those made inside nor those made before the parameters were last changed.
     with torch.autocast("cpu", torch.bfloat16):
         assert path_smoothness(mixed, mixed.params, mixed.step, fractions=fractions) == measured
         for p in mixed.params:
