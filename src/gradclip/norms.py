@@ -169,11 +169,11 @@ def dense_gradients(parameters: Sequence[Tensor], label: Callable[[int], str]) -
 
 def norm_of_dense(tensors: list[Tensor]) -> Tensor:
     """:func:`total_norm` of at least one tensor, without its checks."""
-    if _any_dtensor(tensors):
+    if any_dtensor(tensors):
         layouts = defaultdict(list)
         for tensor in tensors:
             layout = None
-            if _any_dtensor([tensor]):
+            if any_dtensor([tensor]):
                 tensor = _reduced(tensor)
                 layout = tensor.device_mesh, tuple(place.is_shard() for place in tensor.placements)
             layouts[layout].append(local(tensor))
@@ -233,15 +233,16 @@ def by_device_and_dtype(
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if _any_dtensor([tensor]) else tensor
+    return tensor.to_local() if any_dtensor([tensor]) else tensor
 
 
 def local_parts(tensors: list[Tensor]) -> list[Tensor]:
     """:func:`local` of each tensor."""
-    return [local(tensor) for tensor in tensors] if _any_dtensor(tensors) else tensors
+    return [local(tensor) for tensor in tensors] if any_dtensor(tensors) else tensors
 
 
-def _any_dtensor(tensors: list[Tensor]) -> bool:
+def any_dtensor(tensors: list[Tensor]) -> bool:
+    """Whether there is a DTensor among the tensors."""
     # A DTensor exists only once its module is loaded, and loading it costs half as much as torch itself.
     module = sys.modules.get("torch.distributed.tensor")
     # Types first: there are one or two of them in a list of hundreds of tensors.
@@ -301,7 +302,11 @@ def _scaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
     """As :func:`_unscaled_norm`, of tensors divided by the largest element."""
     wide = widest_dtype(tensors[0].device)
     tensors = [t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)]
-    largest = torch.stack([t.to(sum_dtype) for t in torch._foreach_norm(tensors, math.inf)]).max()
+    if on_host(tensors[0]):  # 15 times faster on a CPU than the norm
+        extremes = [extreme for t in tensors for extreme in torch.aminmax(t)]
+    else:
+        extremes = torch._foreach_norm(tensors, math.inf)
+    largest = torch.stack([extreme.to(sum_dtype) for extreme in extremes]).abs().max()
     if on_host(largest) and (largest == 0 or largest == math.inf):
         return largest.to(wide)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 from gradclip.norms import (
     NONFINITE,
     SCOPES,
+    any_dtensor,
     by_device_and_dtype,
     dense_gradients,
-    local,
     local_parts,
     norm_of_dense,
     on_host,
@@ -393,9 +393,9 @@ def _shared_options(groups: list[dict[str, Any]]) -> tuple[float, str, str]:
 def _local_gradients(parameters: list[Tensor]) -> list[Tensor]:
     """This rank's part of each gradient, laid out as this rank's part of the parameter."""
     gradients = [parameter.grad for parameter in parameters]
-    if local_parts(gradients) is gradients:
+    if not any_dtensor(gradients):
         return gradients
     for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        if local(gradient) is not gradient and gradient.placements != parameter.placements:
+        if any_dtensor([gradient]) and gradient.placements != parameter.placements:
             gradients[index] = gradient.redistribute(placements=parameter.placements)
     return local_parts(gradients)
