@@ -1,6 +1,28 @@
 """Measured smoothness: estimates along a step, and the (L0, L1) line that they suggest."""
 
 from gradclip.smoothness.fit import Fit, Interval, Recommendation, fit, recommend
+from gradclip.smoothness.hessian import (
+    Eigenvalues,
+    HessianNorm,
+    directional_smoothness,
+    hessian_norm,
+    top_eigenvalues,
+)
 from gradclip.smoothness.path import PathSmoothness, path_smoothness
+from gradclip.smoothness.probe import Probe
 
-__all__ = ["Fit", "Interval", "PathSmoothness", "Recommendation", "fit", "path_smoothness", "recommend"]
+__all__ = [
+    "Eigenvalues",
+    "Fit",
+    "HessianNorm",
+    "Interval",
+    "PathSmoothness",
+    "Probe",
+    "Recommendation",
+    "directional_smoothness",
+    "fit",
+    "hessian_norm",
+    "path_smoothness",
+    "recommend",
+    "top_eigenvalues",
+]
