@@ -89,11 +89,10 @@ key                                        meaning
 =========================================  ================================================================
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -103,8 +102,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip import records
 from gradclip.data import text
+from gradclip.experiments._shell import recorded
 from gradclip.models.lstm import LanguageModel, State
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -245,34 +244,11 @@ def run(config: Config, out: str | Path) -> Record:
         DataError: The corpus is missing or damaged.
     """
     corpus = CORPORA[config.corpus]()
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
-    with _settings(config.threads):
-        here = records.provenance(config.device, data_sha256=corpus.sha256, wall_time=0.0)
-        target = records.folder(out, NAME, config.name, here["device"])
-        partial = target.with_name(f"{target.name}.partial")
-        if not _is_finished(target, settings, here):
-            series, scalars, seconds = _measure(config, settings, corpus, here, partial)
-            made = records.provenance(config.device, data_sha256=corpus.sha256, wall_time=seconds)
-            made |= {key: here[key] for key in ("source_sha256", "git_commit", "git_clean")}
-            records.save(Record(NAME, config.name, settings, scalars, series, made), out)
-        shutil.rmtree(partial, ignore_errors=True)
-    return records.load(target)
-
-
-# Parts of the provenance that decide the numbers, so that a record or a checkpoint with others is not reused.
-_DECISIVE = ("python", "torch", "numpy", "cuda", "device_name", "threads", "source_sha256", "data_sha256")
-
-
-def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]) -> bool:
-    try:
-        record = records.load(target)
-    except records.RecordError:
-        return False
-    return record.config == settings and all(record.provenance[key] == here[key] for key in _DECISIVE)
+    return recorded(NAME, config, out, functools.partial(_measure, config, corpus), corpus.sha256)
 
 
 def _measure(
-    config: Config, settings: dict[str, Any], corpus: text.Corpus, here: Mapping[str, Any], partial: Path
+    config: Config, corpus: text.Corpus, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
     columns: dict[str, list[float]] = {"seed": []}
     valid, seconds = [], 0.0
@@ -282,7 +258,7 @@ def _measure(
             training,
             config.steps,
             checkpoint=partial / f"seed-{seed}.pt",
-            identity={**settings, "seed": seed, **{key: here[key] for key in _DECISIVE}},
+            identity={**identity, "seed": seed},
             label=f"{NAME} seed {seed}",
         )
         columns["seed"] += [seed] * config.steps
@@ -413,29 +389,6 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 def _assign(params: list[Tensor], values: list[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
-
-
-@contextlib.contextmanager
-def _settings(threads: int) -> Iterator[None]:
-    """Numerical settings of a run, put back at the end.
-
-    A fixed number of threads; flushed denormals, which slow an LSTM down on a CPU; and on a GPU full float32,
-    because the 1e-3 by which TF32 rounds would drown the gradient's change over a hundredth of a step.
-    """
-    before = torch.get_num_threads()
-    # There is no getter: 2⁻¹⁴⁰ is denormal in float32, and comes out as zero where denormals are flushed.
-    flushed = (torch.tensor(2.0**-100) * torch.tensor(2.0**-40)).item() == 0.0
-    precision = torch.get_float32_matmul_precision()
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.set_flush_denormal(flushed)
-        torch.set_num_threads(before)
 
 
 def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -> dict[str, float | int]:

@@ -1,0 +1,122 @@
+"""What every experiment does around its measurement: settings, resuming, and the record."""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradclip import records
+from gradclip.records import Record
+from gradclip.train import train
+
+Measured = tuple[Mapping[str, np.ndarray], Mapping[str, Any], float]
+
+# Parts of the provenance that decide the numbers, so that a record or a checkpoint with others is not reused.
+_DECISIVE = ("python", "torch", "numpy", "cuda", "device_name", "threads", "source_sha256", "data_sha256")
+
+
+def recorded(
+    name: str,
+    config: Any,
+    out: str | Path,
+    measure: Callable[[Path, Mapping[str, Any]], Measured],
+    data_sha256: str | None,
+) -> Record:
+    """Measure and save the record, unless a finished one is there that was made under the same conditions.
+
+    Args:
+        name: Name of the experiment.
+        config: Its dataclass, with the fields ``name`` (of the profile), ``device`` and ``threads``.
+        out: Folder of all records.
+        measure: ``measure(partial, identity)`` returns series, scalars and seconds. It may keep checkpoints
+            in the folder ``partial``, marked with ``identity``; the folder goes when the record is saved.
+        data_sha256: Hash of the data that the run reads.
+
+    Returns:
+        The record as read back from ``out``.
+    """
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+    with numerical_settings(config.threads):
+        here = records.provenance(config.device, data_sha256=data_sha256, wall_time=0.0)
+        target = records.folder(out, name, config.name, here["device"])
+        partial = target.with_name(f"{target.name}.partial")
+        if not _is_finished(target, settings, here):
+            identity = {**settings, **{key: here[key] for key in _DECISIVE}}
+            series, scalars, seconds = measure(partial, identity)
+            made = records.provenance(config.device, data_sha256=data_sha256, wall_time=seconds)
+            made |= {key: here[key] for key in ("source_sha256", "git_commit", "git_clean")}
+            records.save(Record(name, config.name, settings, dict(scalars), dict(series), made), out)
+        shutil.rmtree(partial, ignore_errors=True)
+    return records.load(target)
+
+
+def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]) -> bool:
+    try:
+        record = records.load(target)
+    except records.RecordError:
+        return False
+    return record.config == settings and all(record.provenance[key] == here[key] for key in _DECISIVE)
+
+
+@contextlib.contextmanager
+def numerical_settings(threads: int) -> Iterator[None]:
+    """Numerical settings of a run, put back at the end.
+
+    A fixed number of threads; flushed denormals, which slow an LSTM down on a CPU; and on a GPU full float32,
+    because the 1e-3 by which TF32 rounds would drown the gradient's change over a hundredth of a step.
+    """
+    before = torch.get_num_threads()
+    # There is no getter: 2⁻¹⁴⁰ is denormal in float32, and comes out as zero where denormals are flushed.
+    flushed = (torch.tensor(2.0**-100) * torch.tensor(2.0**-40)).item() == 0.0
+    precision = torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(flushed)
+        torch.set_num_threads(before)
+
+
+def run_tasks(
+    tasks: Sequence[Callable[[], Any]], *, checkpoint: Path, identity: Mapping[str, Any], label: str
+) -> tuple[list[Any], float]:
+    """Call the tasks one after the other, going on behind the last finished one after an interruption.
+
+    Args:
+        tasks: Callables without arguments; what they return must be tensors, plain values and containers of
+            these. Each must make its own generators, so that it does not matter which ran before.
+        checkpoint: As for :func:`gradclip.train.train`; so are ``identity`` and ``label``.
+
+    Returns:
+        What the tasks returned, in order, and the seconds they took.
+    """
+    work = _Tasks(tasks)
+    result = train(work, len(tasks), checkpoint=checkpoint, identity=identity, label=label, interval=0.0)
+    return work.done, result.seconds
+
+
+class _Tasks:
+    """A run, as :func:`gradclip.train.train` wants it, whose steps are the tasks."""
+
+    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
+        self.tasks = tasks
+        self.done: list[Any] = []
+
+    def step(self, iteration: int) -> dict[str, float]:
+        self.done.append(self.tasks[iteration]())
+        return {"task": iteration}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.done = list(state["done"])
