@@ -91,12 +91,17 @@ class LanguageModel(nn.Module):
         Returns:
             Logits, shape (time, batch, vocabulary), and the state after the last word, still in the graph.
         """
+        outputs, after = self.outputs(words, state)
+        return linear(outputs, self.embedding, self.bias), after
+
+    def outputs(self, words: Tensor, state: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, State]:
+        """Outputs of the last layer, shape (time, batch, embedding), and the state as :meth:`forward`."""
         x = nn.functional.embedding(words, self.embedding)
         after: State = []
         for layer, before in zip(self.layers, state, strict=True):
             x, last = layer(x, before)
             after.append(last)
-        return linear(x, self.embedding, self.bias), after
+        return x, after
 
     def loss(
         self, words: Tensor, targets: Tensor, state: Sequence[tuple[Tensor, Tensor]]
