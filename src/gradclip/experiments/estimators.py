@@ -26,7 +26,8 @@ Hessian-vector product, and different dropout masks at the two ends.
 :class:`gradclip.smoothness.Probe`. The first differs because measuring draws from the trainer's stream.
 
 ``hessian``: :func:`gradclip.smoothness.hessian_norm` to 1 % on training batches of the run, without and with
-``confidence``, against a tight reference; and how value and bound approach it, product by product.
+``confidence``, against a tight reference; and how value and bound approach it, product by product, before the
+first step and at the last measured one.
 
 Series, in long form:
 
@@ -59,6 +60,7 @@ key                                    meaning
 ``trajectory.segments``                mean number of segments B
 ``trajectory.l1_METHOD``               least-squares L1 of ``released`` and of ``identical``
 ``trajectory.l1_ratio``                the first over the second
+``trajectory.l1_ratio_per_segment``    that over ``trajectory.segments``
 ``trajectory.pearson_METHOD``          Pearson correlation of the logarithms
 ``trajectory.slope_METHOD``            slope of the logarithms
 ``trajectory.difference``              median over points of |released/(B identical) - 1|: what random
@@ -206,7 +208,7 @@ class Config:
             steps=60,
             measure_every=3,
             hessian_every=12,
-            products=16,
+            products=25,
             points=200,
             seeds=(0, 1, 2),
         )
@@ -545,9 +547,9 @@ def _hessian_run(config: Config, corpus: text.Corpus, seed: int) -> list[Row]:
                 values = {"": found.value, "-upper": found.upper, "-products": found.hvps}
                 values = {method + end: value for end, value in values.items()}
                 rows += _rows("hessian", seed, number, reference, values)
-            if number == last and seed == config.seeds[0]:
+            if number in (0, last) and seed == config.seeds[0]:
                 rows += _rows("convergence", seed, number, math.nan, {"reference": reference})
-                for products in range(1, config.products + 1):
+                for products in range(1, config.products + 1, 1 if config.products < 10 else 2):
                     found = measure(tol=1e-12, max_iter=products)
                     both = {"value": found.value, "upper": found.upper}
                     rows += _rows("convergence", seed, number, products, both)
@@ -597,6 +599,9 @@ def summarise(series: Mapping[str, np.ndarray]) -> dict[str, float | int]:
         spread(f"trajectory.pearson_{name}", lambda seed, line=line: line(seed).log_correlation)
         spread(f"trajectory.slope_{name}", lambda seed, line=line: line(seed).log_slope)
     scalars["trajectory.l1_ratio"] = scalars["trajectory.l1_released"] / scalars["trajectory.l1_identical"]
+    scalars["trajectory.l1_ratio_per_segment"] = (
+        scalars["trajectory.l1_ratio"] / scalars["trajectory.segments"]
+    )
     changed = pick("trajectory", "segments-changed")[1] != 0
     released, identical = (pick("trajectory", name)[1] for name in ("released", "identical"))
     difference = np.abs(released / count / identical - 1)

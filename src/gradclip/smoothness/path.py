@@ -152,9 +152,10 @@ def path_smoothness(
                 # need memory of its own. Not in place in `moved`: autograd may return one tensor for two
                 # parameters, or an expanded one.
                 for p, g, g0 in zip(params, moved, start, strict=True):
-                    p.data.copy_(g)
-                    if g0 is not None:
-                        p.data.sub_(g0)
+                    if g0 is None:
+                        p.data.copy_(g)
+                    else:
+                        torch.sub(g, g0, out=p.data)
                 del moved, g
                 norms.append(total_norm([p.data for p in params]))
         finally:
@@ -255,6 +256,7 @@ def _move(params: list[Tensor], saved: list[Tensor], step: list[Tensor], a: floa
     for p, x, d in zip(params, saved, step, strict=True):
         # `.data` does not bump the autograd version. That is sound because the old bits come back, and it is
         # needed so that a caller who has already computed a loss can still call backward on it.
-        p.data.copy_(x)
-        if a != 0.0:
-            p.data.add_(d, alpha=a)
+        if a == 0.0:
+            p.data.copy_(x)
+        else:
+            torch.add(x, d, alpha=a, out=p.data)
