@@ -19,13 +19,13 @@ with B segments at x_k and B' at the midpoint. The objective has the penalties 2
 the outputs h. Beside it the same on identical segments, as means.
 
 ``floor``: the same scheme at one point of the run while the step shrinks, in float64: what it adds when there
-is nothing to see. Beside it identical segments (:func:`gradclip.smoothness.path_smoothness`), the
+is nothing to see. Beside it identical segments (:func:`.path_smoothness`), the
 Hessian-vector product, and different dropout masks at the two ends.
 
 ``stream``: the training loss with the released scheme measuring, without it, and with a
-:class:`gradclip.smoothness.Probe`. The first differs because measuring draws from the trainer's stream.
+:class:`.Probe`. The first differs because measuring draws from the trainer's stream.
 
-``hessian``: :func:`gradclip.smoothness.hessian_norm` to 1 % on training batches of the run, without and with
+``hessian``: :func:`.hessian_norm` to 1 % on training batches of the run, without and with
 ``confidence``, against a tight reference; and how value and bound approach it, product by product, before the
 first step and at the last measured one.
 
@@ -63,7 +63,7 @@ key                                    meaning
 ``trajectory.l1_ratio_per_segment``    that over ``trajectory.segments``
 ``trajectory.pearson_METHOD``          Pearson correlation of the logarithms
 ``trajectory.slope_METHOD``            slope of the logarithms
-``trajectory.difference``              median over points of |released/(B identical) - 1|: what random
+``trajectory.difference``              median over points of ``|released/(B identical) - 1|``: what random
                                        segments change at the full step, apart from the factor B
 ``trajectory.changed``                 share of points where the two ends had different numbers of segments
 ``trajectory.difference_changed``      the same median over those points alone; NaN if there are none

@@ -43,10 +43,10 @@ class HessianNorm:
     """What :func:`hessian_norm` found.
 
     Attributes:
-        value: |θ|, the estimate of ‖∇²f‖ (unit: loss over parameter squared). Except for rounding it is not
-            above the norm.
-        residual: ‖H v − θ v‖ / |θ| for the unit vector v that belongs to θ. Some eigenvalue of H is within
-            ``residual * value`` of θ, always. 0 if ``value`` is 0.
+        value: ``|θ|``, the estimate of ‖∇²f‖ (unit: loss over parameter squared). Except for rounding it is
+            not above the norm.
+        residual: ``‖H v − θ v‖ / |θ|`` for the unit vector v that belongs to θ. Some eigenvalue of H is
+            within ``residual * value`` of θ, always. 0 if ``value`` is 0.
         converged: whether the stopping rule held after at most ``max_iter`` products.
         hvps: number of Hessian-vector products.
         upper: the norm is at most this, except for rounding, with the probability ``confidence`` or 0.95 over
@@ -65,8 +65,8 @@ class Eigenvalues:
     """What :func:`top_eigenvalues` found.
 
     Attributes:
-        values: eigenvalues θ with their signs, the largest |θ| first (unit: loss over parameter squared).
-        residuals: ‖H v − θ v‖ / |θ| of each, 0 where θ is 0.
+        values: eigenvalues θ with their signs, the largest ``|θ|`` first (unit: loss over parameter squared).
+        residuals: ``‖H v − θ v‖ / |θ|`` of each, 0 where θ is 0.
         converged: whether the stopping rule held for all of them after at most ``max_iter`` products.
         hvps: number of Hessian-vector products.
     """
@@ -86,7 +86,7 @@ def hessian_norm(
     generator: torch.Generator | None = None,
     confidence: float | None = None,
 ) -> HessianNorm:
-    """Spectral norm of the Hessian, ‖∇²f(x)‖ = max |λ| over its eigenvalues λ of either sign.
+    """Spectral norm of the Hessian, ``‖∇²f(x)‖ = max |λ|`` over its eigenvalues λ of either sign.
 
     Lanczos with full reorthogonalisation: after m products with H = ∇²f(x) the estimate is the Ritz value θ
     of largest magnitude, the extreme value of vᵀH v over unit vectors v in the Krylov space span{b, H b, ...,
@@ -99,9 +99,9 @@ def hessian_norm(
 
     **When it stops.** With the residual r = ‖H v − θ v‖ an eigenvalue lies within r of θ, and if θ belongs to
     a single eigenvalue at distance gap from all others, θ is within r²/gap of it (Kato and Temple). Every
-    other Ritz value ρ with residual s may still move, and counts as |ρ| + 2 s. The iteration stops after at
-    least four products if no |ρ| + 2 s exceeds (1 + tol) |θ| and, with the gap from θ to the nearest ρ + 2 s,
-    r ≤ tol |θ| or r² ≤ tol |θ| gap.
+    other Ritz value ρ with residual s may still move, and counts as ``|ρ| + 2 s``. The iteration stops after
+    at least four products if none of these exceeds ``(1 + tol) |θ|`` and, with the gap from θ to the nearest
+    ``ρ + 2 s``, either ``r ≤ tol |θ|`` or ``r² ≤ tol |θ| gap``.
 
     **What that does not prove.** An eigenvector that b hardly contains shows late, and a larger eigenvalue
     can hide behind a small residual; in clusters of eigenvalues that happens. The value is then too small,
@@ -220,8 +220,8 @@ def directional_smoothness(
 ) -> float:
     """Curvature seen by the gradient along a direction d: ‖∇²f(x) d‖ / ‖d‖.
 
-    It is the limit of :func:`path_smoothness` for short steps, without differences, and at most ‖∇²f(x)‖. The
-    cost is one evaluation of the gradient and one Hessian-vector product; what :func:`hessian_norm` says
+    It is the limit of :func:`.path_smoothness` for short steps, without differences, and at most ‖∇²f(x)‖.
+    The cost is one evaluation of the gradient and one Hessian-vector product; what :func:`hessian_norm` says
     about fused kernels, and about what is left unchanged, holds here.
 
     Args:

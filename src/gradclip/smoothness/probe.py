@@ -42,25 +42,25 @@ class Probe:
 
     **Training is the same, bit for bit, with and without the probe**: parameters, ``.grad``, buffers, the
     optimizer's state, train and eval mode, random streams and global settings are what they would be without
-    it (see :func:`path_smoothness` for what this asks of a loss).
+    it (see :func:`.path_smoothness` for what this asks of a loss).
 
     On a step that is due, each batch costs 1 + len(fractions) gradients, with ``directional`` one more and a
-    Hessian-vector product, and with ``hessian`` what :func:`hessian_norm` needs. The memory for it is twice
+    Hessian-vector product, and with ``hessian`` what :func:`.hessian_norm` needs. The memory for it is twice
     that of the parameters, beside what these functions need one after the other. Other steps cost nothing.
 
     Args:
-        loss: the loss on the fixed batch, as :func:`path_smoothness` wants it: a callable without arguments.
+        loss: the loss on the fixed batch, as :func:`.path_smoothness` wants it: a callable without arguments.
         params: all parameters that the optimizer changes. Those left out are at x_{k+1} while x_k is
             measured.
         every: measure the first step and every ``every``-th after it.
-        fractions: where to look along the step, see :func:`path_smoothness`.
+        fractions: where to look along the step, see :func:`.path_smoothness`.
         directional: whether to measure ‖∇²f(x_k) d‖/‖d‖. It needs second derivatives.
         hessian: whether to measure ‖∇²f(x_k)‖.
-        tol: relative tolerance of :func:`hessian_norm`.
-        confidence: of :func:`hessian_norm`; None is about twice as fast, and now and then wrong.
+        tol: relative tolerance of :func:`.hessian_norm`.
+        confidence: of :func:`.hessian_norm`; None is about twice as fast, and now and then wrong.
 
     Raises:
-        ValueError: if ``params`` or ``fractions`` are not what :func:`path_smoothness` accepts, or ``every``
+        ValueError: if ``params`` or ``fractions`` are not what :func:`.path_smoothness` accepts, or ``every``
             is less than 1.
 
     Example:
@@ -105,7 +105,7 @@ class Probe:
         self.hessian = hessian
         self.tol = tol
         self.confidence = confidence
-        #: What has been measured: one dict per step and batch, with the keys that :meth:`frame` describes.
+        #: One dict per measured step and batch, with the keys that :meth:`frame` describes.
         self.rows: list[dict[str, Any]] = []
         self._steps = 0
         self._seconds = 0.0
@@ -133,13 +133,13 @@ class Probe:
             optimizer: where ``clip_factor`` and ``clipped_from`` are read from, as ``last_factor`` and
                 ``last_norm``, if it has them. It is never changed.
             grad: the gradient of ``loss`` at x_k, if it is at hand; saves one gradient. It is not copied, and
-                must be there until the block ends. Conditions as for :func:`path_smoothness`:
+                must be there until the block ends. Conditions as for :func:`.path_smoothness`:
                 ``[p.grad for p in params]`` is *not* it if the loss has dropout (training has drawn other
                 masks), or if ``.grad`` has been clipped or is scaled.
 
         Raises:
             ValueError: if ``optimizer`` has none of the parameters or lacks one, or ``grad`` comes without
-                ``loss``, or as raised by :func:`path_smoothness`.
+                ``loss``, or as raised by :func:`.path_smoothness`.
         """
         number = self._steps
         self._steps += 1
