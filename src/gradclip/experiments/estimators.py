@@ -205,7 +205,7 @@ class Config:
             hidden=64,
             batch=15,
             bptt=35,
-            steps=60,
+            steps=48,
             measure_every=3,
             hessian_every=12,
             products=25,
@@ -549,7 +549,7 @@ def _hessian_run(config: Config, corpus: text.Corpus, seed: int) -> list[Row]:
                 rows += _rows("hessian", seed, number, reference, values)
             if number in (0, last) and seed == config.seeds[0]:
                 rows += _rows("convergence", seed, number, math.nan, {"reference": reference})
-                for products in range(1, config.products + 1, 1 if config.products < 10 else 2):
+                for products in range(1, config.products + 1, 1 if config.products < 10 else 3):
                     found = measure(tol=1e-12, max_iter=products)
                     both = {"value": found.value, "upper": found.upper}
                     rows += _rows("convergence", seed, number, products, both)
