@@ -1,5 +1,6 @@
 """`smoothness.fit`, its bootstrap and `recommend`, against scipy, enumeration and simulated runs."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.regression.quantile_regression import QuantReg
 
 from gradclip.rules import clip_factor
 from gradclip.smoothness import Fit, fit, recommend
@@ -125,6 +127,21 @@ def test_quantile_regression_with_and_without_active_constraints(shape, q):
             # A flat line is the quantile of s alone.
             expected = np.quantile(s, q, method="inverted_cdf")
             assert intercept_of(line) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
+@pytest.mark.filterwarnings("ignore::statsmodels.tools.sm_exceptions.IterationLimitWarning")
+def test_quantile_regression_is_that_of_statsmodels_only_exact(q):
+    for seed in range(5):
+        g, s = cloud(200, seed)
+        line = fit(g, s, method="quantile", quantile=q)
+        theirs = QuantReg(s, np.column_stack((np.ones_like(g), g))).fit(q, max_iter=2000)
+        assert min(theirs.params) > 0  # its fit has no sign constraints
+        their_line = dataclasses.replace(line, L0=theirs.params[0], L1=theirs.params[1])
+        # It iterates weighted least squares, which stall before the minimum; ours is the vertex itself.
+        best = pinball(line, g, s, q)
+        assert best <= pinball(their_line, g, s, q) * (1 + 1e-12)
+        assert pinball(their_line, g, s, q) <= 1.01 * best
 
 
 @properties

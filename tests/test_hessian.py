@@ -461,6 +461,21 @@ def test_networks_have_the_norm_of_their_dense_hessian(make):
     assert directional_smoothness(model, model.params, step) == pytest.approx(along, rel=1e-10)
 
 
+def test_the_dense_hessian_of_torch_func_agrees():
+    model = mlp()
+    sizes = [p.numel() for p in model.params]
+
+    def f(flat):
+        named = zip(dict(model.module.named_parameters()), flat.split(sizes), model.params, strict=True)
+        values = {name: piece.view(p.shape) for name, piece, p in named}
+        logits = torch.func.functional_call(model.module, values, normal(12, 4, seed=1))
+        return cross_entropy(logits, torch.arange(12) % 3)
+
+    matrix = torch.func.jacrev(torch.func.grad(f))(torch.cat([p.detach().reshape(-1) for p in model.params]))
+    exact = torch.linalg.eigvalsh(matrix).abs().max().item()
+    assert hessian_norm(model, model.params, tol=1e-8).value == pytest.approx(exact, rel=1e-8)
+
+
 def test_batch_norm_in_training_mode_couples_the_batch():
     # The trap: products that treat the statistics of the batch as constants are of another function.
     model = batch_norm()
