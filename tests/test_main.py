@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from gradclip import experiments, records
 from gradclip.__main__ import PROFILES, app
+from gradclip.experiments import worst_case
 from gradclip.experiments.language_model import Config
 
 
@@ -65,8 +66,9 @@ def test_missing_data_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def test_every_profile_of_every_experiment_exists():
-    assert experiments.names() == ["language-model"]
-    assert [Config.profile(name).name for name in PROFILES] == list(PROFILES)
+    assert experiments.names() == ["language-model", "worst-case"]
+    for config in (Config, worst_case.Config):
+        assert [config.profile(name).name for name in PROFILES] == list(PROFILES)
 
 
 def test_the_module_runs_as_a_program():
