@@ -1,13 +1,13 @@
 r"""The exact worst case of a gradient step in the plane, as an optimal-control problem: how tight is S5?
 
 Walk from x along v = -∇f(x)/g at speed one. The gradient p(t) = ∇f(x + t v) that is met starts at -g v, and
-in the Hessian form |p′| ≤ L0 + L1|p|. Whatever f is, its change along a step of length r is ∫₀ʳ ⟨p, v⟩ dt, so
+in the Hessian form ‖p′‖ ≤ L0 + L1‖p‖. Whatever f is, its change along a step of length r is ∫₀ʳ ⟨p, v⟩ dt, so
 it is at most the *control value*: the maximum of that integral over all paths p with that start and that
-speed limit. (A path in a plane is enough: turning the part across v into one direction keeps |p| and ⟨p, v⟩
+speed limit. (A path in a plane is enough: turning the part across v into one direction keeps ‖p‖ and ⟨p, v⟩
 and does not lengthen p′.)
 
 **Natural units.** Only c = L1 g/(L0 + L1 g) matters. With g for gradients, g/G for lengths and g²/G for f,
-where G = L0 + L1 g, the speed limit is w(|p|) = 1 - c + c|p|, the start is (-1, 0), the article's parabola is
+where G = L0 + L1 g, the speed limit is w(‖p‖) = 1 - c + c‖p‖, the start is (-1, 0), the article's parabola is
 -s + s²/2 and its step S7 is s = 1; a step of length s is η = s/G. The argument ``share`` is c, from 0 (a
 Lipschitz gradient) to 1 (L0 = 0); u = L1 g/L0 = c/(1 - c).
 
@@ -57,7 +57,7 @@ def _check_share(share: float) -> float:
 
 @functools.cache
 def _first_zero(ratio: float) -> float:
-    """First zero τ of the transverse variation of the straight path that ends where L0/(L0 + L1|p|) = ratio.
+    """First zero τ of the transverse variation of the straight path that ends where L0/(L0 + L1‖p‖) = ratio.
 
     With μ = 1 - e^{-τ}, τ the distance walked back from the end in units of 1/L1, and y the displacement of p
     across the straight path, the Jacobi equation is  (μ((1 - ratio e^{-τ}) y′ - y))′ + y = 0,  y(0) = 1.
@@ -159,10 +159,10 @@ def turning_radius(grad_norm: ArrayLike, L0: ArrayLike, L1: ArrayLike) -> Array:
 def rotating_bound(share: float, step: ArrayLike) -> Array:
     """A worst case that functions on the plane do attain: the best of f = Re(A e^{cdz}/(cd) + B z).
 
-    Here z = x + iy, |d| = 1, A + B = -1 and |B| ≤ (1 - c)/c. Then |∇f| = |A e^{cdz} + B| and
-    ‖∇²f‖ = c|A e^{cdz}| ≤ 1 - c + c|∇f|, so f is in the class; ∇f(0) = (-1, 0); and the best B gives
+    Here z = x + iy, ‖d‖ = 1, A + B = -1 and ‖B‖ ≤ (1 - c)/c. Then ‖∇f‖ = ‖A e^{cdz} + B‖ and
+    ‖∇²f‖ = c‖A e^{cdz}‖ ≤ 1 - c + c‖∇f‖, so f is in the class; ∇f(0) = (-1, 0); and the best B gives
 
-        max over d of  -Re E + ((1 - c)/c)|s - E|,   E = (e^{cds} - 1)/(cd).
+        max over d of  -Re E + ((1 - c)/c)‖s - E‖,   E = (e^{cds} - 1)/(cd).
 
     d = -1 is the worst case of one dimension, up to where its slope vanishes.
 
@@ -211,7 +211,7 @@ class WorstPath:
     costate: Array
 
     def hamiltonian(self, share: float) -> Array:
-        """w(|p|)|λ| + ⟨p, v⟩ along the path, shape (n,): Pontryagin's first integral, the final slope."""
+        """w(‖p‖)‖λ‖ + ⟨p, v⟩ along the path, shape (n,): Pontryagin's first integral, the final slope."""
         speed = 1 - share + share * np.hypot(*self.gradient.T)
         return speed * np.hypot(*self.costate.T) + self.gradient[:, 0]
 
@@ -254,7 +254,7 @@ def worst_path(
 ) -> WorstPath:
     """The path of Pontryagin's equations that starts at (-1, 0) and ends with the given height or slope.
 
-    The maximum principle: p′ = w(|p|) λ/|λ|, λ′ = -c|λ| p/|p| - v, λ(s) = 0. Each turned path has a height
+    The maximum principle: p′ = w(‖p‖) λ/‖λ‖, λ′ = -c‖λ‖ p/‖p‖ - v, λ(s) = 0. Each turned path has a height
     b > 0 of its own. With ``slope=0`` it is the path of the best step, as the slope is the derivative of the
     value.
 

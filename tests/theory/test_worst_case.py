@@ -371,6 +371,18 @@ def test_random_functions_stay_below_the_control_value(instances):
     assert checked >= 200
 
 
+def test_a_constant_bend_helps_from_1_793_on():
+    """L0 = 0: straight lines ζ at a small angle to the axis beat the axis if e^{-t}(t² + t + 1) < 1."""
+    z = sp.Symbol("z", positive=True)
+    bend = sp.Symbol("epsilon", positive=True)
+    d = -sp.exp(sp.I * bend)
+    change = -(sp.exp(z * d) - 1) / d
+    second = sp.diff(change, bend, 2).subs(bend, 0)
+    assert sp.simplify(sp.re(second) - (1 - sp.exp(-z) * (z**2 + z + 1))) == 0
+    for length, helps in ((1.75, False), (1.84, True)):
+        assert (tightness.rotating_bound(1.0, length) > one_dimension(1.0, length) + 1e-9) == helps
+
+
 # Why no function attains it: along a whole segment at full speed, the gradient of a function is a geodesic
 
 

@@ -25,6 +25,7 @@ column           meaning
 ``best_most``    no longer step minimises the worst case over functions; ``turn`` is the least
 ``decrease``     -min ``worst``: some step guarantees this decrease
 ``ceiling``      -min ``attained``: no step guarantees more
+``seventh``      what S7's step, 1, guarantees; exact, as ``turn`` is never less than 1
 ``limit``        where ``worst`` returns to 0: every shorter step decreases every f
 ``limit_most``   where ``attained`` does: some longer step increases some f
 ``half``         where ``worst`` meets the parabola: S5 holds up to it
@@ -51,8 +52,8 @@ key                        meaning
 ``check.transcribed_bar``  its error bar: the largest difference between half as many and all pieces
 ``check.grid``             largest difference from dynamic programming, on the finer grid
 ``check.grid_bar``         its error bar: the largest difference between coarser and finer grid
-``check.interpolation``    largest difference from paths that the curves were not made from, over 1 + |value|
-``check.hamiltonian``      largest change of Pontryagin's first integral along a path, over 1 + |last slope|
+``check.interpolation``    largest relative difference from paths that the curves were not made from
+``check.hamiltonian``      largest relative change of Pontryagin's first integral along a path
 ``check.cases``            number of pairs of u and step in the checks
 =========================  ==========================================================================
 """
@@ -224,6 +225,7 @@ def landmarks(curve: WorstCurve) -> dict[str, float]:
         "best_most": best_most,
         "decrease": decrease,
         "ceiling": ceiling,
+        "seventh": -float(theory.exact_bound_1d(1.0, 1.0, 1 - c, c)),
         "limit": curve.descent_limit(),
         "limit_most": last_crossing(attained, at),
         "half": curve.half_limit(),
@@ -250,8 +252,6 @@ def _tabulate(
         scalars |= {f"at.{label}.{name}": value for name, value in row.items()}
     series = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
-    # Up to the turning step, which is never shorter than 1, the worst case is that of one dimension.
-    seventh = [-float(theory.exact_bound_1d(1.0, 1.0, 1 - c.share, c.share)) for c in curves.values()]
     scalars |= {
         "turn.critical_u": tightness.critical_size(),
         "turn.radius_inf": float(tightness.turning_radius(1.0, 0.0, 1.0)),
@@ -259,8 +259,8 @@ def _tabulate(
         "limit.least": min(row["limit"] for row in found),
         "limit.largest": max(row["limit_most"] for row in found),
         "limit.factor_least": min(row["limit"] for row in found) / 2,
-        "kept.least": min(own / row["ceiling"] for own, row in zip(seventh, found, strict=True)),
-        "kept.most": min(own / row["decrease"] for own, row in zip(seventh, found, strict=True)),
+        "kept.least": min(row["seventh"] / row["ceiling"] for row in found),
+        "kept.most": min(row["seventh"] / row["decrease"] for row in found),
         "gap.limit": max(row["limit_most"] - row["limit"] for row in found),
     }
     if math.inf in curves:
