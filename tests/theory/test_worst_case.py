@@ -210,10 +210,10 @@ def test_first_zero_comes_earlier_the_closer_the_end_is_to_the_origin():
     zeros = np.array([_first_zero(float(r)) for r in ratio])
     assert (np.diff(zeros) < 0).all()
     assert (zeros[:-1] < np.log(np.exp(zeros[:-1]) / ratio[:-1])).all()
-    # The Riccati equation in w = ωe^τ: (1 - b)/(w - ω) + ..., which for b ≥ 1 decreases with ω.
-    w, omega = sp.symbols("w omega", positive=True)
-    field = (1 - b + (1 - omega / w) * (b**2 + b * (b - 1) / (w - 1))) / (w - omega)
-    assert sp.simplify(sp.diff(field, omega) - (1 - b) / (w - omega) ** 2) == 0
+    # The Riccati equation depends on η through η/(e^τ - η) alone, which increases, times b(b - 1) ≥ 0.
+    eta, tau = sp.symbols("eta tau", positive=True)
+    drag = eta / (sp.exp(tau) - eta)
+    assert sp.simplify(sp.diff(drag, eta) - sp.exp(tau) / (sp.exp(tau) - eta) ** 2) == 0
 
 
 def test_turning_radius_without_L0_is_a_zero_of_a_conical_function():
