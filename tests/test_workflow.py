@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gradclip import experiments
+
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2"]
 COPIED = ["book", "notebooks", "results", "src", "tests", "workflow"]
@@ -71,7 +73,8 @@ def project(built, tmp_path):
 ALL_NOTEBOOKS = {f"notebook_{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
-EVERYTHING = {"book", "checks", "experiment_language_model", *ALL_NOTEBOOKS}
+EXPERIMENTS = {f"experiment_{name.replace('-', '_')}" for name in experiments.names()}
+EVERYTHING = {"book", "checks", *EXPERIMENTS, *ALL_NOTEBOOKS}
 
 
 def test_no_change_plans_nothing(project):
