@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 
@@ -7,7 +8,6 @@ from typer.testing import CliRunner
 
 from gradclip import experiments, records
 from gradclip.__main__ import PROFILES, app
-from gradclip.experiments.language_model import Config
 
 
 def call(*arguments):
@@ -65,8 +65,10 @@ def test_missing_data_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def test_every_profile_of_every_experiment_exists():
-    assert experiments.names() == ["language-model"]
-    assert [Config.profile(name).name for name in PROFILES] == list(PROFILES)
+    assert {"convergence", "language-model"} <= set(experiments.names())
+    for name in experiments.names():
+        module = importlib.import_module(f"gradclip.experiments.{name.replace('-', '_')}")
+        assert [module.Config.profile(profile).name for profile in PROFILES] == list(PROFILES)
 
 
 def test_the_module_runs_as_a_program():
