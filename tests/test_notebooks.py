@@ -133,8 +133,7 @@ def test_notebook_follows(rule, path):
 def test_every_notebook_is_in_the_book_and_named_in_order():
     toc = (ROOT / "_toc.yml").read_text()
     numbers = [path.stem[:2] for path in NOTEBOOKS]
-    assert numbers[:4] == ["01", "02", "03", "04"]  # later chapters come out in any order
-    assert len(set(numbers)) == len(numbers)
+    assert numbers == sorted(set(numbers))  # no number twice; one may be free for a chapter in the making
     for path in NOTEBOOKS:
         assert f"notebooks/{path.stem}\n" in toc
 

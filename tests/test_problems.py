@@ -18,6 +18,7 @@ INSTANCES = [
     problems.power(3.5, dim=2),
     problems.power(6, dim=3),
     problems.extremal(L0=2.0, L1=0.5, dim=3),
+    problems.ramp(slope=0.7, L0=2.0),
 ]
 every_problem = pytest.mark.parametrize("problem", INSTANCES, ids=lambda p: f"{p.name}-dim{p.dim}")
 SCANNABLE = [

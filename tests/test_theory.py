@@ -2,6 +2,7 @@
 tests/theory.
 """
 
+import inspect
 import math
 
 import mpmath
@@ -144,3 +145,64 @@ def test_bad_arguments_are_named(name, value):
         for step in STEPS:
             with pytest.raises(ValueError, match=f"{name} must be nonnegative, got {value}"):
                 step(**arguments)
+
+
+# Counts and noise: every function, by its signature
+
+COUNTS = [
+    getattr(theory, name)
+    for name in theory.__all__
+    if getattr(theory, name).__module__ in ("gradclip.theory.counts", "gradclip.theory.noise")
+]
+# Values at which every function is defined; the gap is large enough for each hard function.
+SENSIBLE = {"gap": 100.0, "eps": 0.5, "steps": 1000.0, "grad_bound": 3.0}
+
+
+def sensible(function):
+    return {
+        name: SENSIBLE.get(name, 2.0)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.KEYWORD_ONLY
+    }
+
+
+def test_every_function_is_exported_once():
+    assert len(set(theory.__all__)) == len(theory.__all__)
+    assert len(COUNTS) == 31
+
+
+@pytest.mark.parametrize("function", COUNTS, ids=lambda f: f.__name__)
+def test_counts_broadcast(function):
+    """One argument after the other becomes an array; each entry equals the scalar call, which is a float."""
+    arguments = sensible(function)
+    single = np.asarray(function(**arguments))
+    assert isinstance(np.ravel(function(**arguments))[0], float)
+    for name, value in arguments.items():
+        table = np.asarray(function(**arguments | {name: np.array([[value], [1.5 * value]])}))
+        assert table.shape[-2:] == (2, 1)
+        np.testing.assert_array_equal(table[..., 0, 0], single)
+        other = np.asarray(function(**arguments | {name: 1.5 * value}))
+        np.testing.assert_array_equal(table[..., 1, 0], other)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+@pytest.mark.parametrize("function", COUNTS, ids=lambda f: f.__name__)
+def test_bad_arguments_of_counts_are_named(function, value):
+    for name in sensible(function):
+        with pytest.raises(ValueError, match=rf"{name} must be (nonnegative|positive), got {value}"):
+            function(**sensible(function) | {name: value})
+
+
+def test_limits_of_the_arguments_that_must_be_positive():
+    with pytest.raises(ValueError, match=r"eps must be positive, got 0\.0"):
+        theory.iteration_bound(1.0, 0.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"grad_bound must be above 1, got 0\.5"):
+        theory.zhang_gd_iteration_lower_bound(1.0, 0.1, 0.5, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"gap must be above \(15/16\) eps²/L0, got 0\.1"):
+        theory.gain_bounds(0.1, 1.0, 1.0, 1.0)
+
+
+def test_bounds_that_need_a_gap_are_zero_without_it():
+    assert theory.iteration_lower_bound(1.0, 0.1, 1.0, 1.0) == 0.0
+    assert theory.gd_iteration_lower_bound(0.1, 1.0, 3.0, 1.0, 1.0) == 0.0
+    assert theory.zhang_gd_iteration_lower_bound(0.1, 1.0, 3.0, 1.0, 1.0) == 0.0

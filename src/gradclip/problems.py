@@ -33,6 +33,7 @@ __all__ = [
     "product",
     "quadratic",
     "quartic",
+    "ramp",
 ]
 
 _Map = Callable[[Tensor], Tensor]
@@ -402,6 +403,55 @@ def extremal(L0: float = 1.0, L1: float = 1.0, dim: int = 1) -> Problem:
         _gradient=gradient,
         _hessian_norm=lambda x: L0 * torch.exp(L1 * _radius(x)),
         _L0=lambda coefficient: L0 if coefficient >= L1 else math.inf,
+    )
+
+
+def ramp(slope: float = 1.0, L0: float = 1.0) -> Problem:
+    """Two long straight slopes: f'(x) = σ s(x/a), with s(z) = (3z − z³)/2 for ``|z| ≤ 1`` and ±1 beyond.
+
+    Beyond ``|x| = a`` the slope is ±σ, and a = 3σ/(2 L0) makes the largest curvature, 3σ/(2a) at 0, equal to
+    L0. There f' = 0, so no L1 lowers it: L0(L1) = L0. f is twice continuously differentiable, and f(x) =
+    σ (``|x|`` − a) + (5/8) σ a beyond a. The slow function of the lower bounds: a step h moves x by h σ.
+
+    Args:
+        slope: σ, positive and finite (unit: f over x).
+        L0: largest curvature, positive and finite (unit: f over x squared).
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> problem = ramp(slope=2.0, L0=3.0)  # a = 1
+        >>> problem.f(problem.minimiser).item(), problem.f(problem.minimiser + 1).item()
+        (0.0, 1.25)
+    """
+    for name, value in (("slope", slope), ("L0", L0)):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    a = 3 * slope / (2 * L0)
+
+    def f(x: Tensor) -> Tensor:
+        z = x[..., 0] / a
+        inside = torch.clamp(z, -1.0, 1.0)
+        return slope * a * (torch.relu(z.abs() - 1) + inside**2 * (6 - inside**2) / 8)
+
+    def gradient(x: Tensor) -> Tensor:
+        z = torch.clamp(x / a, -1.0, 1.0)
+        return slope * z * (3 - z**2) / 2
+
+    return Problem(
+        name="ramp",
+        formula=r"f'(x)=\tfrac\sigma2(3z-z^3),\ z=\max\{-1,\min\{1,x/a\}\}",
+        L0_formula=r"L_0",
+        summary="Slopes barely above the accuracy that is asked for: where every safe rule is slow.",
+        f_star=0.0,
+        smooth=L0,
+        _x0=(3 * a,),
+        _minimiser=(0.0,),
+        _f=f,
+        _gradient=gradient,
+        _hessian_norm=lambda x: L0 * torch.clamp(1 - (x[..., 0] / a) ** 2, min=0.0),
+        _L0=lambda L1: L0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Random functions with known constants, for the inequalities of the derivation.
+"""Random functions with known constants, for the inequalities of the derivation and of the iteration counts.
 
 The class is not closed under sums, but it is closed under *orthogonal* sums: if f(x) = Σ fᵢ(Vᵢᵀx) and the
 columns of all Vᵢ together are orthonormal, the Hessian is block diagonal in that basis, so
@@ -26,6 +26,7 @@ class Instance:
     x: Tensor
     L0: float
     L1: float
+    f_star: float  # the infimum, -inf if there is none
 
     def gradient(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -36,24 +37,31 @@ class Instance:
         return 1000 * 2.0**-52 * max(1.0, *(float(v.abs().max()) for v in values))
 
 
-# name: (number of variables, f(z, b), L0(b), L1(b)), with b in (1/4, 3/2).
+# name: (number of variables, f(z, b), L0(b), L1(b), infimum), with b in (1/4, 3/2).
 _PIECES = {
-    "concave quadratic": (1, lambda z, b: -b * z[..., 0] ** 2 / 2, lambda b: b, lambda b: 0.0),
-    "convex quadratic": (1, lambda z, b: b * z[..., 0] ** 2 / 2, lambda b: b, lambda b: 0.0),
-    "sine": (1, lambda z, b: torch.sin(b * z[..., 0]), lambda b: b**2, lambda b: 0.0),
-    "exp": (1, lambda z, b: torch.exp(b * z[..., 0]), lambda b: 0.0, lambda b: b),
-    "negative exp": (1, lambda z, b: -torch.exp(b * z[..., 0]), lambda b: 0.0, lambda b: b),
-    "cosh": (1, lambda z, b: torch.cosh(b * z[..., 0]), lambda b: b**2, lambda b: b),
+    "concave quadratic": (1, lambda z, b: -b * z[..., 0] ** 2 / 2, lambda b: b, lambda b: 0.0, -math.inf),
+    "convex quadratic": (1, lambda z, b: b * z[..., 0] ** 2 / 2, lambda b: b, lambda b: 0.0, 0.0),
+    "sine": (1, lambda z, b: torch.sin(b * z[..., 0]), lambda b: b**2, lambda b: 0.0, -1.0),
+    "exp": (1, lambda z, b: torch.exp(b * z[..., 0]), lambda b: 0.0, lambda b: b, 0.0),
+    "negative exp": (1, lambda z, b: -torch.exp(b * z[..., 0]), lambda b: 0.0, lambda b: b, -math.inf),
+    "cosh": (1, lambda z, b: torch.cosh(b * z[..., 0]), lambda b: b**2, lambda b: b, 1.0),
     # 12 z² ≤ L0 + 4 L1 |z|³ with L1 = 2b: the maximum over z of the difference is 16/L1².
-    "quartic": (1, lambda z, b: z[..., 0] ** 4, lambda b: 4 / b**2, lambda b: 2 * b),
+    "quartic": (1, lambda z, b: z[..., 0] ** 4, lambda b: 4 / b**2, lambda b: 2 * b, 0.0),
     # f' = -b q and f'' = b² q (1 - q) with 0 < q < 1.
-    "logistic": (1, lambda z, b: -torch.nn.functional.logsigmoid(b * z[..., 0]), lambda b: 0.0, lambda b: b),
+    "logistic": (
+        1,
+        lambda z, b: -torch.nn.functional.logsigmoid(b * z[..., 0]),
+        lambda b: 0.0,
+        lambda b: b,
+        0.0,
+    ),
     # Re exp(b(z₁ + i z₂)): ‖∇f‖ = b exp(b z₁), Hessian eigenvalues ± b² exp(b z₁). Its gradient rotates.
     "harmonic": (
         2,
         lambda z, b: torch.exp(b * z[..., 0]) * torch.cos(b * z[..., 1]),
         lambda b: 0.0,
         lambda b: b,
+        -math.inf,
     ),
 }
 
@@ -71,7 +79,9 @@ def _random_instance(rng: np.random.Generator) -> Instance:
 
     L0 = max(_PIECES[name][2](b) for name, b in zip(names, scales, strict=True))
     L1 = max(_PIECES[name][3](b) for name, b in zip(names, scales, strict=True))
-    return Instance(" + ".join(names), f, torch.from_numpy(rng.normal(size=dim)), float(L0), float(L1))
+    f_star = sum(_PIECES[name][4] for name in names)
+    x = torch.from_numpy(rng.normal(size=dim))
+    return Instance(" + ".join(names), f, x, float(L0), float(L1), f_star)
 
 
 @pytest.fixture(scope="session")
@@ -87,5 +97,12 @@ def instances() -> list[Instance]:
             L0 = problem.L0(L1)
             if math.isfinite(L0):
                 for shrink in (0.1, 0.5, 1.0):
-                    found.append(Instance(problem.name, problem.f, shrink * problem.x0, L0, L1))
+                    x = shrink * problem.x0
+                    found.append(Instance(problem.name, problem.f, x, L0, L1, problem.f_star))
     return found
+
+
+@pytest.fixture(scope="session")
+def bounded(instances) -> list[Instance]:
+    """Those of them that are bounded below, so that f(x) - f* means something."""
+    return [case for case in instances if math.isfinite(case.f_star)]

@@ -120,3 +120,13 @@ class _Tasks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done = list(state["done"])
+
+
+def html_table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table for a notebook: titles of the columns, and the cells of each row behind its label."""
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    body = "\n".join(
+        f"<tr><th>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for label, cells in rows.items()
+    )
+    return f"<table class='dataframe'>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

@@ -103,7 +103,7 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments._shell import recorded
+from gradclip.experiments._shell import html_table, recorded
 from gradclip.models.lstm import LanguageModel, State
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -552,7 +552,7 @@ def table(record: Record) -> str:
         label: [_cell(record.scalars, f"probe.{key}_{name}", form) for name in names]
         for label, key, form in _TABLE
     }
-    return _html(("estimate", *names.values()), rows)
+    return html_table(("estimate", *names.values()), rows)
 
 
 _REFITS = {
@@ -575,21 +575,12 @@ def refit_table(record: Record) -> str:
         ]
         for subset, label in _REFITS.items()
     }
-    return _html(("least-squares L₁ over 2/(ηγ)", "points", "midpoint", "local"), rows)
+    return html_table(("least-squares L₁ over 2/(ηγ)", "points", "midpoint", "local"), rows)
 
 
 def _cell(scalars: Mapping[str, Any], key: str, form: str) -> str:
     value, low, high = (scalars[f"{key}{end}"] for end in ("", "_min", "_max"))
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
-
-
-def _html(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    body = "\n".join(
-        f"<tr><th>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for label, cells in rows.items()
-    )
-    return f"<table class='dataframe'>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def _unigram_loss(corpus: text.Corpus) -> float:
