@@ -44,6 +44,9 @@ def test_turning_step_is_never_shorter_than_that_of_s7():
     """In natural units it is at least 1: up to S7's step one dimension is the worst case of all."""
     u = np.logspace(-4, 6, 60)
     assert (tightness.turning_radius(u, 1.0, 1.0) * (1 + u) / u >= 1).all()
+    # The proof's two numbers: it grows with u, from the critical size on, and c = u/(1 + u) is below both.
+    assert tightness._first_zero(1.0) > 5 / 6
+    assert tightness.turning_radius(5.0, 1.0, 1.0) > 1
 
 
 @pytest.mark.parametrize(
