@@ -399,7 +399,7 @@ def test_finite_gradients_are_clipped_under_every_policy(nonfinite):
     [
         ({"max_norm": -1.0}, r"max_norm must be positive, got -1\.0"),
         ({"rule": "firm"}, "rule must be one of 'hard', 'soft', 'normalize', 'log', got 'firm'"),
-        ({"scope": "tensor"}, "scope must be one of 'global', got 'tensor'"),
+        ({"scope": "layer"}, "scope must be one of 'global', 'tensor', 'unit', got 'layer'"),
         ({"nonfinite": "ignore"}, "nonfinite must be one of 'propagate', 'skip', 'raise', got 'ignore'"),
     ],
 )
