@@ -237,10 +237,7 @@ class _Clipping(torch.optim.Optimizer):
         return norm.isfinite()
 
     def _record(self, norm: Tensor, factor: float | Tensor, skipped: Tensor | None) -> None:
-        if isinstance(factor, Tensor):
-            factor = factor.to(norm.dtype)
-        else:
-            factor = torch.full_like(norm, factor)
+        factor = factor.to(norm.dtype) if isinstance(factor, Tensor) else torch.full_like(norm, factor)
         last = torch.stack((norm, factor))
         count = self._skipped if skipped is None else self._skipped.to(norm.device) + skipped
         if torch.compiler.is_compiling():
