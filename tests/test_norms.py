@@ -50,7 +50,7 @@ def norm_function(request):
 def test_as_many_float32_normals_as_gpt_2_small_has():
     x = torch.randn(124_439_808, generator=torch.Generator().manual_seed(0))
     # numpy in float64 and chunks: pairwise sums, so an error of a few units of 2e-16.
-    chunks = np.split(x.numpy(), 100)
+    chunks = np.array_split(x.numpy(), 100)
     expected = math.sqrt(sum(float(np.square(c, dtype=np.float64).sum()) for c in chunks))
     # The result itself is rounded to float32, half a unit of 1.2e-7; the rest of 1e-6 is for the sums.
     assert total_norm([x]).item() == pytest.approx(expected, rel=ACCURACY)

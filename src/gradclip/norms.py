@@ -23,6 +23,8 @@ UNIT_EPS = 1e-3
 # so that no square passes through more than ROW/lanes + lanes roundings; two more are those of the row's root
 # and of the result. With 16, 8 and 4 lanes: (28/2 + 2), (24/2 + 2), (20/2 + 2) times 2**-24, below 1e-6.
 _ROW = {"AVX512": 192, "AVX2": 128}.get(torch.backends.cpu.get_cpu_capability(), 64)
+# Least square that a dtype holds with all its digits.
+_FLOOR = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 # Half-precision tensors are widened a piece at a time: the copy stays in the cache.
 _PIECE = 2**19
 # Up to some 20,000 elements it is quicker to copy a tensor than to make another call for it. Copies are
@@ -411,8 +413,7 @@ def _norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
         norm = _unscaled_norm(blocks, sum_dtype)
         # A square below the smallest normal number may be lost. Above this floor, all of them together change
         # the sum of squares by less than one unit in its last place.
-        numbers = torch.finfo(sum_dtype)
-        floor = math.sqrt(sum(map(len, blocks)) * (numbers.tiny / numbers.eps))
+        floor = math.sqrt(sum(map(len, blocks)) * _FLOOR[sum_dtype])
         value = norm.item()
         # Squares, which are not negative, add up to nan only if one of them is nan.
         exact = floor < value < math.inf or math.isnan(value)
@@ -449,7 +450,7 @@ def _unscaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
 
 def _blocks(tensors: list[Tensor]) -> list[Tensor]:
     """The elements of tensors of one device and dtype, in any order, in few tensors of one dimension."""
-    sizes = [tensor.numel() for tensor in tensors]
+    sizes = list(map(Tensor.numel, tensors))
     blocks = [_flat(tensor) for tensor, size in zip(tensors, sizes, strict=True) if size > _SMALL]
     small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= _SMALL]
     # So many at a time that a buffer has at most _PIECE elements.

@@ -221,12 +221,15 @@ class _Clipping(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             grads = [p.grad for p in params]
-            if any(g is None for g in grads):
+            if type(None) in set(map(type, grads)):
                 params = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in params]
             pairs.append((group, params, grads))
-        gradients = [gradient for _, _, grads in pairs for gradient in grads]
-        parameters = [parameter for _, params, _ in pairs for parameter in params]
+        if len(pairs) == 1:
+            _, parameters, gradients = pairs[0]
+        else:
+            gradients = [gradient for _, _, grads in pairs for gradient in grads]
+            parameters = [parameter for _, params, _ in pairs for parameter in params]
         alike = bool(gradients) and not torch.compiler.is_compiling() and are_alike(parameters, gradients)
         if not alike:
             dense_gradients([p for group in self.param_groups for p in group["params"]], self._label)
