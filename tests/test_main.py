@@ -65,7 +65,7 @@ def test_missing_data_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def test_every_profile_of_every_experiment_exists():
-    assert experiments.names() == ["language-model"]
+    assert experiments.names() == ["language-model", "optimizers"]
     assert [Config.profile(name).name for name in PROFILES] == list(PROFILES)
 
 
