@@ -190,6 +190,17 @@ def test_gradients_are_not_written_to():
     assert bits(p.grad for p in parameters) == before
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor", "unit"])
+def test_nothing_but_the_momentum_is_kept_between_steps(scope):
+    parameters = make_parameters([(30, 40), (200,)])
+    optimizer = ClippedSGD(parameters, 0.1, max_norm=1.0, scope=scope, momentum=0.9)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    kept = [t for t in vars(optimizer).values() if isinstance(t, torch.Tensor)]
+    kept += [t for state in optimizer.state.values() for t in state.values()]
+    assert sum(t.numel() for t in kept) == 1400 + 3  # one momentum, and norm, factor and count
+
+
 def test_norm_is_over_all_groups_and_options_are_per_group():
     a, b = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
     a.grad, b.grad = torch.full_like(a, 3.0), torch.full_like(b, 4.0)
