@@ -71,7 +71,7 @@ def project(built, tmp_path):
 ALL_NOTEBOOKS = {f"notebook_{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
-EVERYTHING = {"book", "checks", "experiment_language_model", *ALL_NOTEBOOKS}
+EVERYTHING = {"book", "checks", "experiment_language_model", "experiment_optimizers", *ALL_NOTEBOOKS}
 
 
 def test_no_change_plans_nothing(project):
