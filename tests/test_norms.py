@@ -47,10 +47,10 @@ def norm_function(request):
     return torch.compile(total_norm, backend="eager", fullgraph=True)
 
 
-def test_hundred_million_float32_normals():
-    x = torch.randn(10**8, generator=torch.Generator().manual_seed(0))
+def test_as_many_float32_normals_as_gpt_2_small_has():
+    x = torch.randn(124_439_808, generator=torch.Generator().manual_seed(0))
     # numpy in float64 and chunks: pairwise sums, so an error of a few units of 2e-16.
-    chunks = np.split(x.numpy(), 100)
+    chunks = np.array_split(x.numpy(), 100)
     expected = math.sqrt(sum(float(np.square(c, dtype=np.float64).sum()) for c in chunks))
     # The result itself is rounded to float32, half a unit of 1.2e-7; the rest of 1e-6 is for the sums.
     assert total_norm([x]).item() == pytest.approx(expected, rel=ACCURACY)
@@ -399,7 +399,7 @@ def test_finite_gradients_are_clipped_under_every_policy(nonfinite):
     [
         ({"max_norm": -1.0}, r"max_norm must be positive, got -1\.0"),
         ({"rule": "firm"}, "rule must be one of 'hard', 'soft', 'normalize', 'log', got 'firm'"),
-        ({"scope": "tensor"}, "scope must be one of 'global', got 'tensor'"),
+        ({"scope": "layer"}, "scope must be one of 'global', 'tensor', 'unit', got 'layer'"),
         ({"nonfinite": "ignore"}, "nonfinite must be one of 'propagate', 'skip', 'raise', got 'ignore'"),
     ],
 )
@@ -447,3 +447,101 @@ def test_clip_compiles_without_graph_breaks(nonfinite):
     parameters = parameters_with(*gradients)
     assert compiled(parameters, 1.0, nonfinite=nonfinite).item() == 5.0
     assert oracle(*(p.grad for p in parameters)) == pytest.approx(1.0, rel=ACCURACY)
+
+
+def brock(weight, gradient, ratio):
+    """Equation 3 of Brock et al. in numpy: one unit is one row, and a vector is one unit."""
+    w, g = (x.detach().double().numpy().reshape(len(x) if x.ndim > 1 else 1, -1) for x in (weight, gradient))
+    size = np.maximum(np.sqrt((w**2).sum(1, keepdims=True)), 1e-3)
+    norm = np.sqrt((g**2).sum(1, keepdims=True))
+    with np.errstate(divide="ignore"):
+        clipped = np.where(norm / size > ratio, ratio * size / norm * g, g)
+    return torch.from_numpy(clipped.reshape(gradient.shape))
+
+
+units = st.lists(
+    st.sampled_from([(), (1,), (7,), (3, 5), (2, 3, 2, 2), (130, 2), (2, 300)]), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shapes=units,
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-30, 0.02, 1.0, 1e30]),
+    ratio=st.sampled_from([0.01, 1.0]),
+)
+def test_unit_scope_is_adaptive_gradient_clipping(shapes, seed, scale, ratio):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+    with torch.no_grad():
+        parameters[0].mul_(1e-6)  # below the 1e-3 that every unit is taken to have
+    for p in parameters:
+        p.grad = scale * torch.randn(p.shape, dtype=torch.float64, generator=generator)
+    expected = [brock(p, p.grad, ratio) for p in parameters]
+    assert clip_grad_(parameters, ratio, scope="unit").item() >= 0
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=320 * EPS, atol=0.0)  # sums of at most 300 squares
+    once = [p.grad.clone() for p in parameters]
+    clip_grad_(parameters, ratio, scope="unit")
+    for p, o in zip(parameters, once, strict=True):  # idempotent
+        torch.testing.assert_close(p.grad, o, rtol=320 * EPS, atol=0.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(gradients=gradients, rule=st.sampled_from(RULES))
+def test_tensor_scope_clips_each_as_if_alone(gradients, rule):
+    together, alone = parameters_with(*gradients), parameters_with(*gradients)
+    norm = clip_grad_(together, 1.0, rule=rule, scope="tensor")
+    assert norm.item() == pytest.approx(oracle(*gradients), rel=300 * EPS)
+    for p in alone:
+        clip_grad_(p, 1.0, rule=rule)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=2 * EPS, atol=0.0)
+        if rule != "normalize":
+            assert oracle(a.grad) <= 1 + 310 * EPS
+
+
+@pytest.mark.parametrize("scope", ["tensor", "unit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_other_scopes_keep_dtype_and_hold_the_threshold(scope, dtype):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(40, 50, generator=generator).to(dtype).requires_grad_() for _ in range(2)]
+    for p in parameters:
+        p.grad = torch.randn(40, 50, generator=generator).to(dtype)
+    clip_grad_(parameters, 0.5, scope=scope)
+    for p in parameters:
+        assert p.grad.dtype == dtype
+        lengths = p.grad.double().norm(dim=1) if scope == "unit" else p.grad.double().norm()
+        limits = 0.5 * (p.detach().double().norm(dim=1) if scope == "unit" else 1.0)
+        # The norm within 1e-6 and the rounding of each element by half a unit of its dtype.
+        torch.testing.assert_close(
+            lengths / limits, torch.ones_like(lengths), rtol=1e-6 + torch.finfo(dtype).eps / 2, atol=0.0
+        )
+
+
+@pytest.mark.parametrize("scope", ["tensor", "unit"])
+def test_other_scopes_survive_extreme_float32(scope):
+    for scale in (1e-30, 1e-25, 1e25, 1e30):
+        p = torch.ones(3, 200, requires_grad=True)
+        p.grad = torch.full((3, 200), scale)
+        clip_grad_(p, 0.5, scope=scope)
+        limit = 0.5 * math.sqrt(200) if scope == "unit" else 0.5
+        size = math.sqrt(200) if scope == "unit" else math.sqrt(600)
+        expected = min(scale, limit / size)
+        torch.testing.assert_close(p.grad, torch.full_like(p.grad, expected), rtol=ACCURACY, atol=0.0)
+
+
+def test_a_policy_gives_the_threshold_and_sees_the_norm():
+    seen = []
+
+    def half(norm):
+        seen.append(norm.item())
+        return norm / 2
+
+    parameters = parameters_with(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    assert clip_grad_(parameters, half).item() == 5.0
+    assert seen == [5.0]
+    assert parameters[0].grad.tolist() == [1.5, 2.0]
+    with pytest.raises(ValueError, match="scope='unit' needs a number"):
+        clip_grad_(parameters, half, scope="unit")

@@ -7,7 +7,7 @@ tensor([1.0000, 0.5000])
 
 from importlib.metadata import PackageNotFoundError, version
 
-from gradclip import claims, optim, problems, records, smoothness, theory
+from gradclip import claims, optim, problems, records, smoothness, theory, thresholds
 from gradclip.norms import clip_grad_, total_norm
 from gradclip.rules import clip_factor
 from gradclip.smoothness import recommend
@@ -27,5 +27,6 @@ __all__ = [
     "records",
     "smoothness",
     "theory",
+    "thresholds",
     "total_norm",
 ]

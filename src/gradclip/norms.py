@@ -6,18 +6,25 @@ import reprlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip.rules import check_choice, check_rule, clip_factor, widest_dtype
+from gradclip.rules import RULES, check_choice, check_rule, clip_factor, widest_dtype
 
-SCOPES = ("global",)
+SCOPES = ("global", "tensor", "unit")
 NONFINITE = ("propagate", "skip", "raise")
 
-# On a CPU squares are summed in rows this long. torch adds a row in at least 8 lanes, so that no square
-# passes through more than 128/8 + 8 + 1 roundings: an error of 25 * 2**-24 / 2 < 1e-6 of the norm of a row.
-_ROW = 128
+# Below this norm a unit counts as having it, so that a weight that starts at zero can move (Brock et al.).
+UNIT_EPS = 1e-3
+
+# On a CPU squares are summed in rows this long. torch adds a row in as many lanes as a vector register holds,
+# so that no square passes through more than ROW/lanes + lanes roundings; two more are those of the row's root
+# and of the result. With 16, 8 and 4 lanes: (28/2 + 2), (24/2 + 2), (20/2 + 2) times 2**-24, below 1e-6.
+_ROW = {"AVX512": 192, "AVX2": 128}.get(torch.backends.cpu.get_cpu_capability(), 64)
+# Least square that a dtype holds with all its digits.
+_FLOOR = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 # Half-precision tensors are widened a piece at a time: the copy stays in the cache.
 _PIECE = 2**19
 # Up to some 20,000 elements it is quicker to copy a tensor than to make another call for it. Copies are
@@ -36,7 +43,7 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
 
     How, and what it costs:
 
-    - On a CPU, squares are summed in rows of 128 elements (in float32, for float64 tensors in float64), and
+    - On a CPU, squares are summed in short rows (in float32, for float64 tensors in float64), and
       the norms of the rows in float64. This takes one pass without a copy; only tensors of up to 16,384
       elements are copied together first, because hundreds of calls for little work would take longer. Only
       when the result shows that squares have over- or underflowed does a second pass look for the largest
@@ -81,7 +88,7 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def clip_grad_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
+    max_norm: float | Callable[[Tensor], Tensor],
     *,
     rule: str = "hard",
     scope: str = "global",
@@ -90,7 +97,7 @@ def clip_grad_(
     r"""Clip the gradients of ``parameters`` in place, as :func:`torch.nn.utils.clip_grad_norm_` does.
 
     Every ``.grad`` is multiplied by :func:`~gradclip.rules.clip_factor` of the norm of all gradients
-    together. What differs from torch:
+    together, or of another norm, see ``scope``. What differs from torch:
 
     - The norm is accurate for any size and magnitude (see :func:`total_norm`).
     - The factor is c/g, where torch has c/(g + 1e-6).
@@ -101,10 +108,20 @@ def clip_grad_(
 
     Args:
         parameters: One tensor or an iterable of tensors. Those without a gradient are ignored.
-        max_norm: The threshold, positive, in the units of the gradient. ``inf`` measures without clipping.
+        max_norm: The threshold, positive, in the units of the gradient; with ``scope="unit"`` a ratio without
+            units. ``inf`` measures without clipping. With ``scope="global"`` it can be a policy of
+            :mod:`gradclip.thresholds`, or another function from the norm to the threshold, both 0-dim
+            tensors.
         rule: ``"hard"``, ``"soft"``, ``"normalize"`` or ``"log"``, see :func:`~gradclip.rules.clip_factor`.
-        scope: ``"global"``: one norm over all gradients.
-        nonfinite: What to do when the norm is inf or nan.
+        scope: What has a norm of its own.
+
+            - ``"global"``: all gradients together.
+            - ``"tensor"``: each gradient.
+            - ``"unit"``: each output unit, which is adaptive gradient clipping: a row of the gradient, with
+              index i along its first dimension, is clipped at ``max_norm · max(‖W_i‖, 1e-3)`` for the
+              same row W_i of the weight. A vector or number is one unit. (The first dimension is the output
+              in torch's linear, convolution and embedding layers, not in transposed convolutions.)
+        nonfinite: What to do when the norm of all gradients is inf or nan.
 
             - ``"propagate"``: multiply all the same, as torch does. A norm of inf turns finite elements into
               0 and infinite ones into nan; a norm of nan turns everything into nan.
@@ -114,14 +131,19 @@ def clip_grad_(
             - ``"raise"``: raise and change nothing. This waits for the device.
 
     Returns:
-        The norm of the gradients before clipping, as :func:`total_norm` gives it; 0 if no parameter has a
-        gradient.
+        The norm of all gradients before clipping, whatever the scope, as :func:`total_norm` gives it; 0 if no
+        parameter has a gradient.
 
     Raises:
-        ValueError: If ``parameters`` is empty, ``max_norm`` is not positive, or an option is unknown.
+        ValueError: If ``parameters`` is empty, ``max_norm`` is not positive, an option is unknown, or with
+            ``scope="unit"`` a DTensor is sharded along another dimension than its first.
         TypeError: If ``max_norm`` is not a number, an element of ``parameters`` is not a tensor, or a
             gradient is sparse or complex; the message gives the index of the parameter.
         RuntimeError: With ``nonfinite="raise"``, naming the first parameter with a non-finite gradient.
+
+    References:
+        Brock, De, Smith and Simonyan, *High-performance large-scale image recognition without normalization*
+        (ICML 2021), equation 3, for ``scope="unit"``; they leave the last linear layer unclipped.
 
     Example:
         >>> import torch
@@ -133,28 +155,66 @@ def clip_grad_(
         >>> w.grad
         tensor([0.6000, 0.8000])
     """
-    check_rule(max_norm, rule)
-    check_choice("scope", scope, SCOPES)
+    check_threshold(max_norm, rule, scope)
     check_choice("nonfinite", nonfinite, NONFINITE)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not parameters:
         raise ValueError("no parameters: got an empty iterable (a generator can be used only once)")
 
     gradients = dense_gradients(parameters, "parameter {}".format)
-    norm = norm_of_dense(gradients) if gradients else torch.zeros((), device=parameters[0].device)
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    if scope == "global":
+        pairs = None
+    else:
+        weights = [parameter for parameter in parameters if parameter.grad is not None]
+        pairs = scoped_norms(weights, gradients, scope, [max_norm] * len(weights))
+    norm = norm_of_dense(gradients)
     if nonfinite == "raise":
         require_finite(norm, parameters, "parameter {}".format)
-    factor = clip_factor(norm, max_norm, rule)
-    if on_host(factor) and factor == 1 and norm.isfinite():
-        return norm
-    for (device, _), members in by_device_and_dtype(local_parts(gradients)).items():
-        torch._foreach_mul_(members, factor.to(device))
-        if nonfinite == "skip":
-            # A mask, because 0 * inf and 0 * nan are nan.
-            skipped = ~norm.isfinite().to(device)
-            for gradient in members:
-                gradient.masked_fill_(skipped, 0.0)
+    if pairs is None:
+        factor = clip_factor(norm, threshold(max_norm, norm), rule)
+        if on_host(factor) and factor == 1 and norm.isfinite():
+            return norm
+        for (device, _), members in by_device_and_dtype(local_parts(gradients)).items():
+            torch._foreach_mul_(members, factor.to(device))
+    else:
+        for gradient, (g, c) in zip(local_parts(gradients), pairs, strict=True):
+            gradient.mul_(clip_factor(g, c, rule))
+    if nonfinite == "skip":
+        # A mask, because 0 * inf and 0 * nan are nan.
+        for gradient in local_parts(gradients):
+            gradient.masked_fill_(~norm.isfinite().to(gradient.device), 0.0)
     return norm
+
+
+def check_threshold(max_norm: Any, rule: str, scope: str) -> None:
+    """Raise :class:`ValueError` or :class:`TypeError` unless these three can go together."""
+    check_choice("scope", scope, SCOPES)
+    if not callable(max_norm):
+        check_rule(max_norm, rule)
+        return
+    check_choice("rule", rule, RULES)
+    if scope != "global":
+        raise ValueError(f"a threshold policy sees the norm of all gradients: scope={scope!r} needs a number")
+
+
+def threshold(max_norm: float | Callable[[Tensor], Tensor], norm: Tensor) -> float | Tensor:
+    """The threshold for a gradient of this norm."""
+    return max_norm(norm) if callable(max_norm) else max_norm
+
+
+def scoped_norms(
+    weights: list[Tensor], gradients: list[Tensor], scope: str, max_norms: list[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Norms and thresholds of each gradient under a scope other than global, in the device's widest dtype.
+
+    Both are 0-dim, or hold one element for each unit of this rank's part, in a shape that broadcasts with it.
+    """
+    if scope == "tensor":
+        return [(g, torch.full_like(g, c)) for g, c in zip(_each_norm(gradients), max_norms, strict=True)]
+    norms, sizes = _norms_of_units(gradients), _norms_of_units(weights)
+    return [(g, w.clamp(min=UNIT_EPS) * c) for g, w, c in zip(norms, sizes, max_norms, strict=True)]
 
 
 def dense_gradients(parameters: Sequence[Tensor], label: Callable[[int], str]) -> list[Tensor]:
@@ -167,16 +227,15 @@ def dense_gradients(parameters: Sequence[Tensor], label: Callable[[int], str]) -
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def norm_of_dense(tensors: list[Tensor]) -> Tensor:
-    """:func:`total_norm` of at least one tensor, without its checks."""
+def norm_of_dense(tensors: list[Tensor], alike: bool = False) -> Tensor:
+    """:func:`total_norm` of at least one tensor, without its checks; ``alike`` is :func:`are_alike`."""
+    if alike:
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        return _norm(tensors, dtype).to(dtype)
     if any_dtensor(tensors):
         layouts = defaultdict(list)
-        for tensor in tensors:
-            layout = None
-            if any_dtensor([tensor]):
-                tensor = _reduced(tensor)
-                layout = tensor.device_mesh, tuple(place.is_shard() for place in tensor.placements)
-            layouts[layout].append(local(tensor))
+        for layout, part in map(_layout, tensors):
+            layouts[layout].append(part)
     else:
         layouts = {None: tensors}
 
@@ -184,7 +243,7 @@ def norm_of_dense(tensors: list[Tensor]) -> Tensor:
     for layout, members in layouts.items():
         for (_, dtype), alike in by_device_and_dtype(members).items():
             norm = _norm(alike, torch.promote_types(dtype, torch.float32))
-            norms.append(norm if layout is None else _norm_over_mesh(norm, *layout))
+            norms.append(norm if layout is None else _norm_over_mesh(norm.reshape(1), *layout)[0])
             dtypes.append(dtype)
     device = tensors[0].device
     norm = norms[0].to(device)
@@ -218,17 +277,25 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def are_alike(parameters: list[Tensor], gradients: list[Tensor]) -> bool:
+    """Whether these are plain dense tensors of one device and dtype, so that no list needs sorting."""
+    return (
+        len({p.device for p in parameters}) == 1  # a gradient is where its parameter is
+        and len({t.dtype for t in (*parameters, *gradients)}) == 1
+        and set(map(type, (*parameters, *gradients))) <= {Tensor, torch.nn.Parameter}
+        and {g.layout for g in gradients} == {torch.strided}
+        and gradients[0].is_floating_point()
+    )
+
+
 def by_device_and_dtype(
     tensors: list[Tensor],
 ) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     """The tensors in groups of one device and dtype, in which a foreach function takes one launch."""
-    kinds = [(tensor.device, tensor.dtype) for tensor in tensors]
-    groups = {kind: [] for kind in kinds}
-    if len(groups) == 1:
-        return {kinds[0]: tensors}
-    for kind, tensor in zip(kinds, tensors, strict=True):
-        groups[kind].append(tensor)
-    return groups
+    kinds = {(tensor.device, tensor.dtype): None for tensor in tensors}
+    if len(kinds) == 1:
+        return dict.fromkeys(kinds, tensors)
+    return {kind: [t for t in tensors if (t.device, t.dtype) == kind] for kind in kinds}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -246,7 +313,7 @@ def any_dtensor(tensors: list[Tensor]) -> bool:
     # A DTensor exists only once its module is loaded, and loading it costs half as much as torch itself.
     module = sys.modules.get("torch.distributed.tensor")
     # Types first: there are one or two of them in a list of hundreds of tensors.
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in {type(t) for t in tensors})
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def _reduced(dtensor: Tensor) -> Tensor:
@@ -256,13 +323,72 @@ def _reduced(dtensor: Tensor) -> Tensor:
     return dtensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in dtensor.placements])
 
 
-def _norm_over_mesh(norm: Tensor, mesh, sharded: tuple[bool, ...]) -> Tensor:
+def _layout(tensor: Tensor) -> tuple[tuple[Any, tuple[bool, ...]] | None, Tensor]:
+    """The mesh of a DTensor and along which of its dimensions it is split, and this rank's part of it."""
+    if not any_dtensor([tensor]):
+        return None, tensor
+    tensor = _reduced(tensor)
+    return (tensor.device_mesh, tuple(place.is_shard() for place in tensor.placements)), local(tensor)
+
+
+def _norm_over_mesh(norms: Tensor, mesh, sharded: tuple[bool, ...]) -> Tensor:
     """Combine the local norms of all shards: gathered rather than summed, so that squares cannot overflow."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Shard(dim) if split else Replicate() for dim, split in enumerate(sharded)]
-    norms = DTensor.from_local(norm.reshape((1,) * mesh.ndim), mesh, placements, run_check=False)
-    return _scaled_norm([norms.full_tensor().reshape(-1)], norm.dtype)
+    own = norms.reshape(*[1] * mesh.ndim, len(norms))
+    parts = DTensor.from_local(own, mesh, placements, run_check=False).full_tensor().reshape(-1, len(norms))
+    largest = parts.amax(0)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return torch.linalg.vector_norm(parts / scale, dim=0) * scale
+
+
+def _each_norm(tensors: list[Tensor]) -> list[Tensor]:
+    """Norm of each tensor, 0-dim and in its device's widest dtype."""
+    groups = defaultdict(list)
+    for index, (layout, part) in enumerate(map(_layout, tensors)):
+        groups[layout, part.device, part.dtype].append((index, part))
+    norms = {}
+    for (layout, device, dtype), members in groups.items():
+        indices, parts = zip(*members, strict=True)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        if on_host(parts[0]) or sum_dtype == widest_dtype(device):
+            found = [_norm([part], sum_dtype) for part in parts]
+        else:
+            found = torch._foreach_norm(parts, 2, dtype=torch.float64)
+        if layout is not None:
+            found = _norm_over_mesh(torch.stack(found), *layout).unbind()
+        norms |= zip(indices, found, strict=True)
+    return [norms[index] for index in range(len(tensors))]
+
+
+def _norms_of_units(tensors: list[Tensor]) -> list[Tensor]:
+    """Norm of each unit: a row along the first dimension, or the whole of a vector or number."""
+    whole = iter(_each_norm([tensor for tensor in tensors if tensor.ndim < 2]))
+    return [next(whole) if tensor.ndim < 2 else _row_units(tensor) for tensor in tensors]
+
+
+def _row_units(tensor: Tensor) -> Tensor:
+    """Norm of each row of this rank's part, of shape (rows, 1, ..., 1) and in the device's widest dtype."""
+    if any_dtensor([tensor]):
+        tensor = _reduced(tensor)
+        if any(place.is_shard() and place.dim != 0 for place in tensor.placements):
+            raise ValueError(
+                "scope='unit' needs whole rows on every rank, as fully_shard makes them by default, "
+                f"got placements {tensor.placements}"
+            )
+        tensor = local(tensor)
+    wide = widest_dtype(tensor.device)
+    dims, row = tuple(range(1, tensor.ndim)), math.prod(tensor.shape[1:])
+    if not tensor.numel():
+        return tensor.new_zeros((len(tensor), *[1] * len(dims)), dtype=wide)
+    if tensor.dtype == wide:
+        largest = tensor.abs().amax(dims, keepdim=True)
+        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        return torch.linalg.vector_norm(tensor / scale, dim=dims, keepdim=True) * scale
+    # On a CPU the wide copy of a piece stays in the cache; elsewhere there is no copy.
+    pieces = tensor.split(max(1, _PIECE // row)) if on_host(tensor) else [tensor]
+    return torch.cat([torch.linalg.vector_norm(t, dim=dims, keepdim=True, dtype=wide) for t in pieces])
 
 
 def _check_dense(
@@ -287,8 +413,7 @@ def _norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
         norm = _unscaled_norm(blocks, sum_dtype)
         # A square below the smallest normal number may be lost. Above this floor, all of them together change
         # the sum of squares by less than one unit in its last place.
-        numbers = torch.finfo(sum_dtype)
-        floor = math.sqrt(sum(block.numel() for block in blocks) * (numbers.tiny / numbers.eps))
+        floor = math.sqrt(sum(map(len, blocks)) * _FLOOR[sum_dtype])
         value = norm.item()
         # Squares, which are not negative, add up to nan only if one of them is nan.
         exact = floor < value < math.inf or math.isnan(value)
@@ -318,40 +443,37 @@ def _unscaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
     """Norm of tensors of one device; on a CPU they must have one dimension."""
     wide = widest_dtype(tensors[0].device)
     if on_host(tensors[0]):
-        norms = [norm for tensor in tensors for norm in _row_norms(tensor, sum_dtype)]
-    else:
-        norms = torch._foreach_norm(tensors, 2, dtype=wide)
-    return torch.linalg.vector_norm(torch.cat([n.reshape(-1) for n in norms]), dtype=wide)
+        norms = torch.cat([norm for tensor in tensors for norm in _row_norms(tensor, sum_dtype)])
+        return torch.linalg.vector_norm(norms, dtype=wide)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
 
 
 def _blocks(tensors: list[Tensor]) -> list[Tensor]:
     """The elements of tensors of one device and dtype, in any order, in few tensors of one dimension."""
-    blocks, small, size = [], [], 0
-    for tensor in tensors:
-        count = tensor.numel()
-        if count > _SMALL:
-            if not tensor.is_contiguous():
-                # Transposed or channels-last tensors become contiguous, and then flat, without a copy.
-                tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-            blocks.append(tensor.reshape(-1))
-            continue
-        small.append(tensor)
-        size += count
-        if size > _PIECE:
-            blocks.append(torch._utils._flatten_dense_tensors(small))
-            small, size = [], 0
-    if small:
-        blocks.append(torch._utils._flatten_dense_tensors(small))
+    sizes = list(map(Tensor.numel, tensors))
+    blocks = [_flat(tensor) for tensor, size in zip(tensors, sizes, strict=True) if size > _SMALL]
+    small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= _SMALL]
+    # So many at a time that a buffer has at most _PIECE elements.
+    group = _PIECE // _SMALL if sum(sizes) > _PIECE else len(small)
+    for start in range(0, len(small), max(1, group)):
+        blocks.append(torch._utils._flatten_dense_tensors(small[start : start + group]))
     return blocks
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements in one dimension, in any order, without a copy if they have no gaps."""
+    if not tensor.is_contiguous():
+        # Transposed or channels-last tensors become contiguous, and then flat, without a copy.
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    return tensor.reshape(-1)
+
+
 def _row_norms(flat: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Norms of the rows of length 128 that a tensor of one dimension can be cut into, and of what is left."""
-    norms = []
-    for piece in [flat] if flat.dtype == dtype else flat.split(_PIECE):
-        rest = piece.numel() % _ROW
-        if rest:
-            norms.append(torch.linalg.vector_norm(piece[-rest:], dtype=dtype))
-            piece = piece[:-rest]
-        norms.append(torch.linalg.vector_norm(piece.to(dtype).view(-1, _ROW), dim=1))
-    return norms
+    """Norms of the short rows that a tensor of one dimension can be cut into, and of what is left."""
+    if flat.dtype != dtype:
+        return [norm for piece in flat.split(_PIECE) for norm in _row_norms(piece.to(dtype), dtype)]
+    rest = len(flat) % _ROW
+    if not rest:
+        return [torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1)]
+    rows, rest = flat.split((len(flat) - rest, rest))
+    return [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(rest).view(1)]

@@ -2,31 +2,273 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from gradclip.norms import (
     NONFINITE,
-    SCOPES,
     any_dtensor,
-    by_device_and_dtype,
+    are_alike,
+    check_threshold,
     dense_gradients,
+    local,
     local_parts,
     norm_of_dense,
     on_host,
     require_finite,
+    scoped_norms,
+    threshold,
 )
-from gradclip.rules import check_choice, check_number, check_rule, clip_factor
+from gradclip.rules import check_choice, check_number, clip_factor, factor_of_number
 from gradclip.smoothness.fit import recommend
 
-_SHARED = ("max_norm", "rule", "scope", "nonfinite")
-_OPTIONS = ("lr", *_SHARED, "momentum", "nesterov", "weight_decay", "maximize")
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+# From this factor on, the fused kernel's 1 - (1 - factor) is the factor to a relative 2**-33.
+_FUSED_FROM = 2.0**-20
 
 
-class ClippedSGD(torch.optim.Optimizer):
+class _Clipping(torch.optim.Optimizer):
+    """What the optimizers have in common: checks, measurements, skipped steps, and states with all of these.
+
+    A subclass lists its options in ``_numbers`` (finite and at least 0), ``_shared`` (the same in all groups)
+    and ``_others``, checks the shared ones in ``_check_shared(group)``, has its momenta in
+    ``_buffers(group, params)``, and takes a step in ``_update(sets, norm, loss)``, which returns what
+    multiplied the gradient. ``sets`` has for each group its parameters that have a gradient, these gradients,
+    and whether all of them are alike (``are_alike``).
+    """
+
+    def __init__(self, params: Params, defaults: dict[str, Any]):
+        self._checked = None
+        super().__init__(params, defaults)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        device = parameters[0].device if parameters else None
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        self._last = torch.full((2,), math.nan, dtype=dtype, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def last_norm(self) -> Tensor:
+        """Norm of the last step's gradient before clipping, 0-dim and on the device; nan at the start."""
+        return self._last[0].clone()
+
+    @property
+    def last_factor(self) -> Tensor:
+        """What multiplied the last step's gradient, 0-dim and on the device; 0 if the step was skipped.
+
+        With a scope other than ``"global"`` it is the norm of the clipped gradient over ``last_norm``.
+        """
+        return self._last[1].clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``nonfinite="skip"`` has skipped, 0-dim; saved and loaded with the state."""
+        return self._skipped.clone()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: If an option is out of range or unknown, or differs from a shared one.
+            TypeError: If an option that has to be a number is something else.
+        """
+        self._check([*self.param_groups, {**self.defaults, **param_group}])
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            What the closure returns, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        options = [tuple(group[name] for name in self._shared) for group in self.param_groups]
+        if options != self._checked:
+            self._check_agreement(self.param_groups)
+            self._checked = options
+
+        sets, gradients, alike = self._with_gradients()
+        norm = norm_of_dense(gradients, alike) if gradients else self._last.new_zeros(())
+        nonfinite = self.param_groups[0]["nonfinite"]
+        if nonfinite == "raise":
+            require_finite(norm, [p for group in self.param_groups for p in group["params"]], self._label)
+
+        skipped = None
+        if nonfinite != "skip":
+            factor = self._update(sets, norm, loss)
+        elif on_host(norm):
+            skipped = ~self._is_finite(norm, loss)
+            factor = 0.0 if skipped else self._update(sets, norm, loss)
+        else:
+            skipped = ~self._is_finite(norm, loss)
+            tensors = [t for group, own, *_ in sets for t in (*own, *self._buffers(group, own))]
+            tensors = local_parts(tensors)
+            before = [t.clone() for t in tensors]
+            factor = torch.where(skipped, 0.0, self._update(sets, norm, loss))
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(skipped.to(tensor.device), old, tensor))
+        self._record(norm, factor, skipped)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and options as for :class:`torch.optim.Optimizer`.
+
+        ``skipped_steps`` is an entry of the first parameter group: the tools of torch for distributed
+        checkpoints keep what is in ``state`` and ``param_groups``, and nothing else. In place of a threshold
+        policy there is its state.
+        """
+        state_dict = super().state_dict()
+        state_dict["param_groups"][0]["skipped_steps"] = self.skipped_steps
+        for group in state_dict["param_groups"]:
+            if callable(group.get("max_norm")):
+                group["max_norm"] = group["max_norm"].state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned. A state without ``skipped_steps`` sets it to 0.
+
+        The state of a threshold policy is loaded into the policy that this optimizer has.
+
+        Raises:
+            ValueError: If the state is that of another optimizer or does not fit the parameters, or an option
+                in it is out of range or unknown. The optimizer then stays as it is.
+            TypeError: If an option that has to be a number is something else.
+            KeyError: If the state of a threshold policy is that of another policy.
+        """
+        policies = [group.get("max_norm") for group in self.param_groups]
+
+        def check(_, state: dict[str, Any]) -> None:
+            groups = [dict(group) for group in state["param_groups"]]
+            for policy, group in zip(policies, groups, strict=False):
+                if isinstance(group.get("max_norm"), dict):
+                    if not callable(policy):
+                        raise ValueError(f"the state has a threshold policy, but max_norm is {policy} here")
+                    group["max_norm"] = policy
+            self._check(groups)
+
+        # The last of the hooks sees what will be loaded, and before anything is replaced.
+        hook = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for policy, group in zip(policies, self.param_groups, strict=True):
+            if isinstance(group.get("max_norm"), dict):
+                policy.load_state_dict(group["max_norm"])
+                group["max_norm"] = policy
+        counts = [group.pop("skipped_steps") for group in self.param_groups if "skipped_steps" in group]
+        self._skipped = torch.as_tensor(sum(counts), dtype=torch.int64, device=self._skipped.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class copies and pickles its own three attributes only.
+        own = {"_last": self._last, "_skipped": self._skipped, "_checked": None}
+        return {**super().__getstate__(), **own}
+
+    def _check(self, groups: list[dict[str, Any]]) -> None:
+        """Raise :class:`ValueError` or :class:`TypeError` unless these can be parameter groups together."""
+        for index, group in enumerate(groups):
+            wanted = (*self._numbers, *self._shared, *self._others)
+            missing = [name for name in wanted if name not in group]
+            if missing:
+                kind = type(self).__name__
+                raise ValueError(
+                    f"this is no state of {kind}: its parameter group {index} lacks {', '.join(missing)}"
+                )
+            for name in self._numbers:
+                value = group[name]
+                if not isinstance(value, Tensor):
+                    check_number(name, value)
+                elif name != "lr" or value.ndim or value.is_complex():
+                    kind = "a number or a 0-dim tensor" if name == "lr" else "a number"
+                    raise TypeError(f"{name} must be {kind}, got {value}")
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"{name} must be finite and at least 0, got {value}")
+            if group.get("nesterov") and not group["momentum"]:
+                raise ValueError(f"nesterov needs a positive momentum, got momentum={group['momentum']}")
+            if group.get("nesterov") and group["dampening"]:
+                raise ValueError(f"nesterov needs dampening=0, got dampening={group['dampening']}")
+        self._check_agreement(groups)
+
+    def _check_agreement(self, groups: list[dict[str, Any]]) -> None:
+        """Raise unless the shared options are valid and the same in all groups."""
+        for group in groups:
+            self._check_shared(group)
+        for name in self._shared:
+            if name == "max_norm" and groups[0].get("scope", "global") != "global":
+                continue  # each tensor has its own norm, so each group may have its own threshold
+            values = list(dict.fromkeys(group[name] for group in groups))
+            if len(values) > 1:
+                raise ValueError(
+                    f"{name} must be the same in all parameter groups, because one norm is taken over all of "
+                    f"them, got {values}"
+                )
+
+    def _with_gradients(self) -> tuple[list[tuple], list[Tensor], bool]:
+        """The ``sets`` of ``_update``, all gradients, and whether all parameters and gradients are alike."""
+        pairs = []
+        for group in self.param_groups:
+            params = group["params"]
+            grads = [p.grad for p in params]
+            if type(None) in set(map(type, grads)):
+                params = [p for p in params if p.grad is not None]
+                grads = [p.grad for p in params]
+            pairs.append((group, params, grads))
+        if len(pairs) == 1:
+            _, parameters, gradients = pairs[0]
+        else:
+            gradients = [gradient for _, _, grads in pairs for gradient in grads]
+            parameters = [parameter for _, params, _ in pairs for parameter in params]
+        alike = bool(gradients) and not torch.compiler.is_compiling() and are_alike(parameters, gradients)
+        if not alike:
+            dense_gradients([p for group in self.param_groups for p in group["params"]], self._label)
+        return [(*pair, alike) for pair in pairs], gradients, alike
+
+    def _is_finite(self, norm: Tensor, loss: Any) -> Tensor:
+        """Whether ``nonfinite="skip"`` lets the step happen."""
+        return norm.isfinite()
+
+    def _record(self, norm: Tensor, factor: float | Tensor, skipped: Tensor | None) -> None:
+        factor = factor.to(norm.dtype) if isinstance(factor, Tensor) else torch.full_like(norm, factor)
+        last = torch.stack((norm, factor))
+        count = self._skipped if skipped is None else self._skipped.to(norm.device) + skipped
+        if torch.compiler.is_compiling():
+            # torch.compile loses assignments to attributes of optimizers, but not what is written to tensors.
+            self._last.copy_(last)
+            self._skipped.copy_(count)
+        else:
+            self._last, self._skipped = last, count
+
+    def _label(self, index: int) -> str:
+        """How error messages call the parameter of this index, counted over all groups."""
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+
+    def _buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """The momenta that a step of this group changes."""
+        return self._momenta(params) if group.get("momentum") else []
+
+    def _momenta(self, params: list[Tensor]) -> list[Tensor]:
+        """Momentum of each parameter, zero at first."""
+        states = [self.state[p] for p in params]
+        for parameter, state in zip(params, states, strict=True):
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        return [state["momentum_buffer"] for state in states]
+
+
+class ClippedSGD(_Clipping):
     r"""SGD with momentum, weight decay and a clipped gradient.
 
     With g the gradient of all parameters together, the step is
@@ -34,41 +276,50 @@ class ClippedSGD(torch.optim.Optimizer):
     ::
 
         d = clip_factor(‖g‖, max_norm, rule) · g + weight_decay · x    (-g for g with maximize)
-        m = momentum · m + d                                           (from m = 0)
+        m = momentum · m + (1 - dampening) · d                         (m = d in the first step)
         x = x - lr · m                                                 (nesterov: x - lr · (d + momentum · m))
 
     which for ``rule="hard"`` is :func:`torch.nn.utils.clip_grad_norm_` followed by :class:`torch.optim.SGD`,
     up to the 1e-6 that torch adds to the norm. Without momentum and weight decay, a step of the rules
     ``hard``, ``soft`` and ``log`` is at most ``lr * max_norm`` long, one of ``normalize`` exactly.
 
-    ``.grad`` is left as it is: the factor goes into the update, and on a CPU the plain and the momentum step
-    make no copy of the gradient. A step does not wait for the device, except with ``nonfinite="raise"``, and
-    can be compiled as a whole by :func:`torch.compile`.
+    ``.grad`` is left as it is: the factor goes into the update. With ``scope="global"`` on a CPU, the plain
+    and the momentum step make no copy of the gradient; with another scope a step has a temporary one. A step
+    does not wait for the device, except with ``nonfinite="raise"``, and can be compiled as a whole by
+    :func:`torch.compile`.
 
-    ``lr``, ``momentum``, ``nesterov``, ``weight_decay`` and ``maximize`` may differ between parameter groups.
-    ``max_norm``, ``rule``, ``scope`` and ``nonfinite`` may not, because one norm is taken over all groups; to
-    change one during training, change it in every group. With :class:`torch.amp.GradScaler`,
-    ``scaler.step(optimizer)`` unscales the gradients first, so that ``max_norm`` is in the units of the true
-    gradient.
+    ``lr``, ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay`` and
+    ``maximize`` may differ between parameter groups. ``rule``, ``scope``, ``nonfinite`` and, with
+    ``scope="global"``, ``max_norm`` may not, because one norm is taken over all groups; to change one during
+    training, change it in every group. With :class:`torch.amp.GradScaler`, ``scaler.step(optimizer)``
+    unscales the gradients first, so that ``max_norm`` is in the units of the true gradient.
 
     Args:
         params: Parameters, named parameters, or dicts of parameter groups. Those without a gradient are left
             alone.
         lr: Learning rate, at least 0. A 0-dim tensor spares a compiled step from compiling again at each
             change.
-        max_norm: The threshold, positive, in the units of the gradient. ``inf`` never clips.
+        max_norm: The threshold, positive, in the units of the gradient; with ``scope="unit"`` a ratio without
+            units. ``inf`` never clips. With ``scope="global"`` it can be a policy of
+            :mod:`gradclip.thresholds`; every group then holds the same object.
         rule: ``"hard"``, ``"soft"``, ``"normalize"`` or ``"log"``, see :func:`~gradclip.rules.clip_factor`.
-        scope: ``"global"``: one norm over all parameters.
+        scope: What has a norm of its own: ``"global"`` all parameters together, ``"tensor"`` each parameter,
+            ``"unit"`` each output unit relative to its weight (AGC); see :func:`~gradclip.norms.clip_grad_`.
         momentum: At least 0.
-        nesterov: Nesterov's momentum; needs ``momentum > 0``.
+        dampening: At least 0. As in torch, it does not apply to the first step.
+        nesterov: Nesterov's momentum; needs ``momentum > 0`` and, as in torch, ``dampening == 0``.
         weight_decay: At least 0. It is added after clipping, and is not clipped.
+        decoupled_weight_decay: Apply ``x = (1 - lr · weight_decay) · x`` before the step, as
+            :class:`torch.optim.AdamW` does, instead of adding ``weight_decay · x`` to d; then the decay is
+            not in the momentum. (:class:`torch.optim.SGD` has no such option.)
         maximize: Ascend instead of descending.
         nonfinite: What to do when the norm is inf or nan.
 
             - ``"propagate"``: step all the same, as torch does.
             - ``"skip"``: leave parameters and momentum as they are, bit for bit, and count the step in
               ``skipped_steps``. On an accelerator every step then costs a temporary copy of parameters and
-              momentum, because the outcome is chosen on the device.
+              momentum, because the outcome is chosen on the device, and a momentum whose first step was
+              skipped counts as begun. A threshold policy does not remember the norm either.
             - ``"raise"``: raise and change nothing. This waits for the device.
 
     Raises:
@@ -88,17 +339,23 @@ class ClippedSGD(torch.optim.Optimizer):
         (tensor([2.7000, 3.6000]), tensor(10.), tensor(0.1000))
     """
 
+    _numbers = ("lr", "momentum", "dampening", "weight_decay")
+    _shared = ("max_norm", "rule", "scope", "nonfinite")
+    _others = ("nesterov", "decoupled_weight_decay", "maximize")
+
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float | Tensor,
         *,
-        max_norm: float,
+        max_norm: float | Callable[[Tensor], Tensor],
         rule: str = "hard",
         scope: str = "global",
         momentum: float = 0.0,
+        dampening: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         maximize: bool = False,
         nonfinite: str = "propagate",
     ):
@@ -108,37 +365,19 @@ class ClippedSGD(torch.optim.Optimizer):
             "rule": rule,
             "scope": scope,
             "momentum": momentum,
+            "dampening": dampening,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "nonfinite": nonfinite,
         }
         super().__init__(params, defaults)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        device = parameters[0].device if parameters else None
-        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        self._last = torch.full((2,), math.nan, dtype=dtype, device=device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-
-    @property
-    def last_norm(self) -> Tensor:
-        """Norm of the last step's gradient before clipping, 0-dim and on the device; nan at the start."""
-        return self._last[0].clone()
-
-    @property
-    def last_factor(self) -> Tensor:
-        """What multiplied the last step's gradient, 0-dim and on the device; 0 if the step was skipped."""
-        return self._last[1].clone()
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """How many steps ``nonfinite="skip"`` has skipped, 0-dim; saved and loaded with the state."""
-        return self._skipped.clone()
 
     @classmethod
     def from_smoothness(
         cls,
-        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        params: Params,
         L0: float,
         L1: float,
         *,
@@ -179,126 +418,375 @@ class ClippedSGD(torch.optim.Optimizer):
         advice = recommend(L0, L1)
         return cls(params, lr=advice.lr, max_norm=advice.max_norm, rule=rule, **kw)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
+    def _check_shared(self, group: dict[str, Any]) -> None:
+        check_threshold(group["max_norm"], group["rule"], group["scope"])
+        check_choice("nonfinite", group["nonfinite"], NONFINITE)
 
-        Raises:
-            ValueError: If an option is out of range or unknown, or differs from a shared one.
-            TypeError: If an option that has to be a number is something else.
-        """
-        _check_groups([*self.param_groups, {**self.defaults, **param_group}])
-        super().add_param_group(param_group)
+    def _update(self, sets: list[tuple], norm: Tensor, loss: Any) -> float | Tensor:
+        options = self.param_groups[0]
+        if options["scope"] == "global":
+            factor = scale = _factor(norm, threshold(options["max_norm"], norm), options["rule"])
+        else:
+            sets, factor = _clip_parts(sets, norm, options)
+            scale = 1.0
+        for group, params, grads, alike in sets:
+            if not (group["momentum"] and group["dampening"]):
+                _each_kind(_sgd, params, grads, self._buffers(group, params), scale, group, alike)
+                continue
+            # torch does not dampen what a momentum begins with, and begins each one when it is needed.
+            begun = [self.state[p].get("momentum_buffer") is not None for p in params]
+            for state, options in ((True, group), (False, {**group, "dampening": 0.0})):
+                chosen = [i for i, has in enumerate(begun) if has == state]
+                own, theirs = ([tensors[i] for i in chosen] for tensors in (params, grads))
+                _each_kind(_sgd, own, theirs, self._momenta(own), scale, options, alike)
+        return factor
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+
+class MixedClippedSGD(_Clipping):
+    r"""SGD that clips momentum and gradient apart, and steps along a mixture of the two.
+
+    With g the gradient and m the momentum of all parameters together, and f the clip factor of ``rule``,
+
+    ::
+
+        m = momentum · m + (1 - momentum) · g                          (from m = 0; -g for g with maximize)
+        x = x - lr · (mix · f(‖m‖) · m + (1 - mix) · f(‖g‖) · g + weight_decay · x)
+
+    ``mix=1`` clips the momentum, ``mix=0`` the gradient. With ``rule="normalize"``, ``mix=1`` and
+    ``max_norm=1`` the step has the length ``lr``: this is normalised SGD with momentum (NSGD-M), which needs
+    no tuning under :class:`ParameterAgnosticLR`. In the notation of Zhang B. et al., η is ``lr``, γ is
+    ``lr * max_norm``, β is ``momentum`` and ν is ``mix``; their code has ``rule="soft"``.
+
+    ``last_norm`` and ``last_factor`` are those of the gradient, ``last_momentum_norm`` is ‖m‖. The rest is as
+    for :class:`ClippedSGD`; ``lr``, ``momentum``, ``mix``, ``weight_decay`` and ``maximize`` may differ
+    between parameter groups.
+
+    Args:
+        params: As for :class:`ClippedSGD`.
+        lr: Learning rate, at least 0.
+        max_norm: The threshold for both, or a policy of :mod:`gradclip.thresholds`, which is given ‖g‖.
+        momentum: Share of the past in m, at least 0 and below 1.
+        mix: Share of the momentum in the step, from 0 to 1.
+        rule: As for :class:`ClippedSGD`.
+        weight_decay: At least 0. Neither clipped nor in the momentum.
+        maximize: As for :class:`ClippedSGD`.
+        nonfinite: As for :class:`ClippedSGD`; the norm of the gradient decides.
+
+    Raises:
+        ValueError: If an option is out of range or unknown, or if groups disagree about a shared one.
+        TypeError: As for :class:`ClippedSGD`.
+        RuntimeError: As for :class:`ClippedSGD`.
+
+    References:
+        Zhang B., Jin, Fang and Wang, *Improved analysis of clipping algorithms for non-convex optimization*
+        (NeurIPS 2020), Algorithm 1. Hübler, Yang, Li and He, *Parameter-agnostic optimization under relaxed
+        smoothness* (AISTATS 2024), for NSGD-M.
+
+    Example:
+        >>> import torch
+        >>> from gradclip.optim import MixedClippedSGD
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> optimizer = MixedClippedSGD([x], lr=0.5, max_norm=1.0, momentum=0.9, mix=1.0, rule="normalize")
+        >>> x.square().sum().backward()
+        >>> optimizer.step()
+        >>> x.detach(), optimizer.last_norm, optimizer.last_momentum_norm
+        (tensor([2.7000, 3.6000]), tensor(10.), tensor(1.))
+    """
+
+    _numbers = ("lr", "momentum", "mix", "weight_decay")
+    _shared = ("max_norm", "rule", "nonfinite")
+    _others = ("maximize",)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor,
+        *,
+        max_norm: float | Callable[[Tensor], Tensor],
+        momentum: float,
+        mix: float,
+        rule: str = "hard",
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        nonfinite: str = "propagate",
+    ):
+        defaults = {
+            "lr": lr,
+            "max_norm": max_norm,
+            "rule": rule,
+            "momentum": momentum,
+            "mix": mix,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+        }
+        super().__init__(params, defaults)
+        self._last_momentum = torch.full_like(self._last[0], math.nan)
+
+    @property
+    def last_momentum_norm(self) -> Tensor:
+        """Norm of the momentum that the last step used, 0-dim and on the device; nan at the start."""
+        return self._last_momentum.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last_momentum": self._last_momentum}
+
+    def _check_shared(self, group: dict[str, Any]) -> None:
+        check_threshold(group["max_norm"], group["rule"], "global")
+        check_choice("nonfinite", group["nonfinite"], NONFINITE)
+        if not group["momentum"] < 1:
+            raise ValueError(f"momentum must be below 1, got {group['momentum']}")
+        if not group["mix"] <= 1:
+            raise ValueError(f"mix must be at most 1, got {group['mix']}")
+
+    def _buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        return self._momenta(params)
+
+    def _update(self, sets: list[tuple], norm: Tensor, loss: Any) -> float | Tensor:
+        options = self.param_groups[0]
+        moved = []
+        for group, params, grads, alike in sets:
+            momenta = self._momenta(params)
+            _each_kind(_average, params, grads, momenta, 1.0, group, alike)
+            moved.extend(momenta)
+        c = threshold(options["max_norm"], norm)
+        momentum_norm = norm_of_dense(moved) if moved else norm
+        factors = [_factor(n, c, options["rule"]) for n in (momentum_norm, norm)]
+        for group, params, grads, alike in sets:
+            _each_kind(_mixed_step, params, grads, self._momenta(params), factors, group, alike)
+        if torch.compiler.is_compiling():
+            self._last_momentum.copy_(momentum_norm)
+        else:
+            self._last_momentum = momentum_norm
+        return factors[1]
+
+
+class ParameterAgnosticLR(LRScheduler):
+    r"""The schedule of NSGD-M that needs no constants of the problem.
+
+    In step t = 1, 2, ..., with lr the rate that the optimizer was made with,
+
+    ::
+
+        learning rate = lr · t^(-3/4),    momentum = 1 - t^(-1/2)
+
+    Use it with ``MixedClippedSGD(params, lr=1/7, max_norm=1.0, momentum=0.0, mix=1.0, rule="normalize")``,
+    and call ``scheduler.step()`` after each ``optimizer.step()``. With (L0, L1) unknown, the mean gradient
+    norm over T steps then falls as T^(-1/4) up to logarithms, with a constant that grows exponentially in L1;
+    with lr = 1/(12 L1) it does not.
+
+    Args:
+        optimizer: An optimizer with the options ``lr`` and ``momentum``.
+        last_epoch: The number of the last step, to resume; -1 to begin.
+
+    References:
+        Hübler, Yang, Li and He, *Parameter-agnostic optimization under relaxed smoothness* (AISTATS 2024).
+        Rates and constants are as recalled; the schedule's exponents are those of the authors.
+
+    Example:
+        >>> import torch
+        >>> from gradclip.optim import MixedClippedSGD, ParameterAgnosticLR
+        >>> optimizer = MixedClippedSGD([torch.zeros(2)], lr=1 / 7, max_norm=1.0, momentum=0.0, mix=1.0)
+        >>> scheduler = ParameterAgnosticLR(optimizer)
+        >>> for t in range(15):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> [optimizer.param_groups[0][name] for name in ("lr", "momentum")]  # 1/(7 · 8) and 1 - 1/4
+        [0.017857142857142856, 0.75]
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Learning rates of the next step; sets the momentum as well."""
+        t = self.last_epoch + 1
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 1 - t**-0.5
+        return [lr * t**-0.75 for lr in self.base_lrs]
+
+
+class PolyakClippedSGD(_Clipping):
+    r"""Gradient descent with Polyak's step size, which clips by itself.
+
+    With f the loss and g its gradient over all parameters,
+
+    ::
+
+        x = x - min(max_lr, (f - f_star) / ‖g‖²) · g
+
+    On an (L0, L1)-smooth function this size is at least min(1/(4 L0), 1/(4 L1 ‖g‖)): a constant where the
+    gradient is small and 1/‖g‖ where it is large, without knowing L0 or L1 (Takezawa et al.). A gradient of
+    zero gives no step, and neither does a loss below ``f_star``.
+
+    There is no learning rate to schedule. ``last_factor`` is the size of the step.
+
+    Args:
+        params: As for :class:`ClippedSGD`.
+        f_star: The least value of the loss, or a lower bound of it, in the units of the loss.
+        max_lr: The greatest size of a step, positive, in units of parameter² over loss; None is no limit.
+            With noisy losses a limit is needed: a batch whose gradient happens to be small would leap.
+        nonfinite: As for :class:`ClippedSGD`; ``"skip"`` skips a loss that is not finite as well.
+
+    Raises:
+        ValueError: If an option is out of range or unknown, or if groups disagree; from :meth:`step` without
+            a closure.
+        TypeError: As for :class:`ClippedSGD`.
+        RuntimeError: As for :class:`ClippedSGD`.
+
+    References:
+        Takezawa, Bao, Sato, Niwa and Yamada, *Parameter-free clipped gradient descent meets Polyak* (NeurIPS
+        2024).
+
+    Example:
+        >>> import torch
+        >>> from gradclip.optim import PolyakClippedSGD
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> optimizer = PolyakClippedSGD([x])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)  # f = 25, g = 2x: half the way to 0
+        >>> x.detach(), optimizer.last_factor
+        (tensor([1.5000, 2.0000]), tensor(0.2500))
+    """
+
+    _numbers = ()
+    _shared = ("f_star", "max_lr", "nonfinite")
+    _others = ()
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        f_star: float = 0.0,
+        max_lr: float | None = None,
+        nonfinite: str = "propagate",
+    ):
+        super().__init__(params, {"f_star": f_star, "max_lr": max_lr, "nonfinite": nonfinite})
+
+    def step(self, closure: Callable[[], Any]) -> Any:
         """Take one step.
 
         Args:
-            closure: Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss.
+            closure: Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss, a
+                number or a tensor with one element.
 
         Returns:
-            What the closure returns, or None without one.
+            What the closure returns.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if closure is None:
+            raise ValueError("PolyakClippedSGD.step needs a closure that returns the loss, got None")
+        return super().step(closure)
 
-        max_norm, rule, nonfinite = _shared_options(self.param_groups)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = dense_gradients(parameters, self._label)
-        norm = norm_of_dense(gradients) if gradients else self._last.new_zeros(())
-        if nonfinite == "raise":
-            require_finite(norm, parameters, self._label)
+    def _check_shared(self, group: dict[str, Any]) -> None:
+        check_number("f_star", group["f_star"])
+        if not math.isfinite(group["f_star"]):
+            raise ValueError(f"f_star must be finite, got {group['f_star']}")
+        if group["max_lr"] is not None:
+            check_number("max_lr", group["max_lr"])
+            if not group["max_lr"] > 0:
+                raise ValueError(f"max_lr must be positive, got {group['max_lr']}")
+        check_choice("nonfinite", group["nonfinite"], NONFINITE)
 
-        factor = clip_factor(norm, max_norm, rule)
-        skipped = None
-        if nonfinite != "skip":
-            self._update(factor)
-        else:
-            finite = norm.isfinite()
-            factor = torch.where(finite, factor, 0.0)
-            skipped = ~finite
-            if not on_host(norm):
-                self._update(factor, only_if=finite)
-            elif finite:
-                self._update(factor)
-        self._record(norm, factor, skipped)
-        return loss
+    def _is_finite(self, norm: Tensor, loss: Any) -> Tensor:
+        return norm.isfinite() & torch.as_tensor(loss, device=norm.device).isfinite().reshape(())
 
-    def state_dict(self) -> dict[str, Any]:
-        """State and options as for :class:`torch.optim.Optimizer`.
+    def _update(self, sets: list[tuple], norm: Tensor, loss: Any) -> float | Tensor:
+        options = self.param_groups[0]
+        wide = norm.double() if norm.device.type != "mps" else norm
+        value = torch.as_tensor(loss, device=norm.device).detach().reshape(()).to(wide.dtype)
+        # Divided twice: the square of a small norm is zero.
+        size = (value - options["f_star"]).clamp(min=0.0) / wide / wide
+        size = size.clamp(max=math.inf if options["max_lr"] is None else options["max_lr"])
+        size = torch.where(wide == 0, 0.0, size)
+        for _, params, grads, alike in sets:
+            _each_kind(_polyak_step, params, grads, [], size, {}, alike)
+        return size
 
-        ``skipped_steps`` is an entry of the first parameter group: the tools of torch for distributed
-        checkpoints keep what is in ``state`` and ``param_groups``, and nothing else.
-        """
-        state_dict = super().state_dict()
-        state_dict["param_groups"][0]["skipped_steps"] = self.skipped_steps
-        return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned. A state without ``skipped_steps`` sets it to 0.
+def _factor(norm: Tensor, max_norm: float | Tensor, rule: str) -> float | Tensor:
+    """The clip factor as a number where reading one costs nothing, and as a tensor elsewhere."""
+    if not on_host(norm):
+        return clip_factor(norm, max_norm, rule)
+    c = max(float(max_norm), sys.float_info.min)  # as in clip_factor for tensors
+    if rule == "normalize":
+        return factor_of_number(norm.item(), c, rule, torch.finfo(norm.dtype).max)
+    return factor_of_number(norm.item(), c, rule)
 
-        Raises:
-            ValueError: If the state is that of another optimizer or does not fit the parameters, or an option
-                in it is out of range or unknown. The optimizer then stays as it is.
-            TypeError: If an option that has to be a number is something else.
-        """
-        # The last of the hooks sees what will be loaded, and before anything is replaced.
-        check = self.register_load_state_dict_pre_hook(lambda _, state: _check_groups(state["param_groups"]))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            check.remove()
-        counts = [group.pop("skipped_steps") for group in self.param_groups if "skipped_steps" in group]
-        self._skipped = torch.as_tensor(sum(counts), dtype=torch.int64, device=self._skipped.device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The base class copies and pickles its own three attributes only.
-        return {**super().__getstate__(), "_last": self._last, "_skipped": self._skipped}
+def _clip_parts(sets: list[tuple], norm: Tensor, options: dict[str, Any]) -> tuple[list[tuple], Tensor]:
+    """Clipped copies in place of the gradients, and the norm of all copies over that of the gradients."""
+    weights = [p for _, params, *_ in sets for p in params]
+    max_norms = [group["max_norm"] for group, params, *_ in sets for _ in params]
+    gradients = _aligned(weights, [g for _, _, grads, _ in sets for g in grads])
+    pairs = scoped_norms(weights, gradients, options["scope"], max_norms)
+    clipped = []
+    for gradient, (g, c) in zip(gradients, pairs, strict=True):
+        part = local(gradient)
+        copy = (part * clip_factor(g, c, options["rule"])).to(part.dtype)
+        clipped.append(_like(gradient, copy) if any_dtensor([gradient]) else copy)
+    total = norm_of_dense(clipped) if clipped else norm
+    factor = torch.where(norm == 0, float(options["rule"] != "normalize"), total.to(norm.dtype) / norm)
+    copies = iter(clipped)
+    return [(group, own, [next(copies) for _ in own], alike) for group, own, _, alike in sets], factor
 
-    def _record(self, norm: Tensor, factor: Tensor, skipped: Tensor | None) -> None:
-        last = torch.stack([norm, factor])
-        count = self._skipped if skipped is None else self._skipped.to(norm.device) + skipped
-        if torch.compiler.is_compiling():
-            # torch.compile loses assignments to attributes of optimizers, but not what is written to tensors.
-            self._last.copy_(last)
-            self._skipped.copy_(count)
-        else:
-            self._last, self._skipped = last, count
 
-    def _label(self, index: int) -> str:
-        """How error messages call the parameter of this index, counted over all groups."""
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
+def _like(dtensor: Tensor, part: Tensor) -> Tensor:
+    """A DTensor of the mesh, placements and shape of another, with this rank's part replaced."""
+    return dtensor.from_local(
+        part,
+        dtensor.device_mesh,
+        dtensor.placements,
+        run_check=False,
+        shape=dtensor.shape,
+        stride=dtensor.stride(),
+    )
 
-    def _update(self, factor: Tensor, only_if: Tensor | None = None) -> None:
-        """Step with gradients times ``factor``; undone on the device if the 0-dim ``only_if`` is false."""
-        for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            for (device, _), parameters in by_device_and_dtype(with_gradient).items():
-                momenta = [self._momentum(p) for p in parameters] if group["momentum"] else []
-                targets, momenta = local_parts(parameters), local_parts(momenta)
-                gradients = _local_gradients(parameters)
-                scale, lr = -factor if group["maximize"] else factor, group["lr"]
-                scale = scale.to(device)
-                if on_host(targets[0]):
-                    # Reading a number on a CPU costs nothing, and torch adds multiples of tensors by a number
-                    # in one pass without a temporary.
-                    scale, lr = scale.item(), float(lr)
-                if only_if is None:
-                    _sgd(targets, gradients, momenta, scale, lr, group)
-                    continue
-                before = [t.clone() for t in targets + momenta]
-                _sgd(targets, gradients, momenta, scale, lr, group)
-                for target, old in zip(targets + momenta, before, strict=True):
-                    target.copy_(torch.where(only_if.to(device), target, old))
 
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+def _aligned(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Each gradient, laid out over the mesh as its parameter."""
+    return [
+        gradient.redistribute(placements=parameter.placements)
+        if any_dtensor([gradient]) and gradient.placements != parameter.placements
+        else gradient
+        for parameter, gradient in zip(params, grads, strict=True)
+    ]
+
+
+def _each_kind(
+    step: Callable,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    scale: Any,
+    group: dict[str, Any],
+    alike: bool,
+) -> None:
+    """Call ``step`` once for each device and dtype, with this rank's parts of the tensors."""
+    if alike:
+        if params:
+            step(params, grads, momenta, scale, group)
+        return
+    if any_dtensor(params) or any_dtensor(grads):
+        grads = local_parts(_aligned(params, grads))
+        params, momenta = local_parts(params), local_parts(momenta)
+    for kind in {(p.device, p.dtype): None for p in params}:
+        chosen = [i for i, p in enumerate(params) if (p.device, p.dtype) == kind]
+        own = [params[i] for i in chosen]
+        # A gradient has the dtype of its parameter unless the parameter's grad_dtype says otherwise.
+        theirs = [grads[i].to(kind[1]) for i in chosen]
+        step(own, theirs, [momenta[i] for i in chosen] if momenta else [], scale, group)
+
+
+def _at_hand(value: float | Tensor, target: Tensor) -> float | Tensor:
+    """A factor as an operation on ``target`` takes it best: a number on a CPU, else a tensor on its device.
+
+    Reading a number on a CPU costs nothing, and torch adds multiples of tensors by a number in one pass
+    without a temporary.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.item() if on_host(target) else value.to(target.device)
 
 
 def _sgd(
@@ -306,18 +794,25 @@ def _sgd(
     grads: list[Tensor],
     momenta: list[Tensor],
     scale: float | Tensor,
-    lr: float | Tensor,
     group: dict[str, Any],
 ) -> None:
     """The update of :class:`ClippedSGD` for gradients times ``scale``, of one device and dtype."""
     momentum, decay = group["momentum"], group["weight_decay"]
+    scale, lr = _at_hand(scale, params[0]), _at_hand(group["lr"], params[0])
+    if decay and group["decoupled_weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * decay)
+        decay = 0.0
+    if on_host(params[0]) and _fused_sgd(params, grads, momenta, scale, lr, decay, group):
+        return
+    scale = -scale if group["maximize"] else scale
     if not momentum and not decay:
         _add_scaled_(params, grads, -lr * scale)
         return
 
     if momentum:
+        share = 1 - group["dampening"]
         torch._foreach_mul_(momenta, momentum)
-        _add_direction_(momenta, params, grads, scale, decay)
+        _add_direction_(momenta, params, grads, share * scale, share * decay)
         step = momenta
         if group["nesterov"]:
             step = torch._foreach_mul(momenta, momentum)
@@ -326,11 +821,91 @@ def _sgd(
         # Not params * (1 - lr * decay): in float32 that loses every decay with lr * decay below 3e-8.
         step = torch._foreach_mul(params, decay)
         _add_scaled_(step, grads, scale)
+    _add_scaled_(params, step, -lr)
 
-    if isinstance(lr, Tensor):  # alpha has to be a number, and reading one would wait for the device
-        _add_scaled_(params, step, -lr)
-    else:
-        torch._foreach_add_(params, step, alpha=-lr)
+
+def _fused_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    scale: float,
+    lr: float,
+    decay: float,
+    group: dict[str, Any],
+) -> bool:
+    """Take the step with torch's fused kernel, in one pass over memory, if that gives this very step.
+
+    The kernel knows no factor that leaves the gradient alone, but ``m = momentum · m + (1 - dampening) · g``
+    is one in disguise. Weight decay is added to g before it is multiplied, so it is divided first.
+    """
+    dtype, momentum = params[0].dtype, group["momentum"]
+    # In half precision the kernel of torch 2.13 takes other steps than torch's own SGD without it.
+    if dtype not in (torch.float32, torch.float64) or scale < _FUSED_FROM:
+        return False
+    share = (1 - group["dampening"]) * scale
+    if momentum and dtype == torch.float64 and 1 - (1 - share) != share:
+        return False
+    # Nesterov's step has the factor in two places.
+    apart = group["nesterov"] and scale != 1
+    if apart and decay:
+        return False
+    if not all(map(Tensor.is_contiguous, (*params, *grads, *momenta))):
+        return False
+    torch._fused_sgd_(
+        params,
+        grads,
+        momenta,
+        weight_decay=decay / scale,
+        momentum=momentum,
+        lr=lr * (momentum if apart else 1.0 if momentum else scale),
+        dampening=1 - share if momentum else 0.0,
+        nesterov=group["nesterov"] and not apart,
+        maximize=group["maximize"],
+        is_first_step=False,
+    )
+    if apart:
+        _add_scaled_(params, grads, lr * scale if group["maximize"] else -lr * scale)
+    return True
+
+
+def _average(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], scale: float, group: dict[str, Any]
+) -> None:
+    """The momentum of :class:`MixedClippedSGD`."""
+    if not group["maximize"]:
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        return
+    torch._foreach_mul_(momenta, group["momentum"])
+    _add_scaled_(momenta, grads, group["momentum"] - 1)
+
+
+def _mixed_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    factors: list[float | Tensor],
+    group: dict[str, Any],
+) -> None:
+    """The step of :class:`MixedClippedSGD`, given the factors of momentum and gradient."""
+    lr, mix, decay = _at_hand(group["lr"], params[0]), group["mix"], group["weight_decay"]
+    first, second = (_at_hand(factor, params[0]) for factor in factors)
+    parts = [(momenta, mix * first), (grads, (mix - 1 if group["maximize"] else 1 - mix) * second)]
+    # A part with weight 0 stays out, or 0 · inf would be nan.
+    parts = [part for part, weight in zip(parts, (mix, 1 - mix), strict=True) if weight]
+    if not decay:
+        for tensors, factor in parts:
+            _add_scaled_(params, tensors, -lr * factor)
+        return
+    step = torch._foreach_mul(params, decay)
+    for tensors, factor in parts:
+        _add_scaled_(step, tensors, factor)
+    _add_scaled_(params, step, -lr)
+
+
+def _polyak_step(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], size: Tensor, group: dict[str, Any]
+) -> None:
+    _add_scaled_(params, grads, -_at_hand(size, params[0]))
 
 
 def _add_direction_(
@@ -348,54 +923,3 @@ def _add_scaled_(targets: list[Tensor], sources: list[Tensor], scale: float | Te
         torch._foreach_add_(targets, torch._foreach_mul(sources, scale))
     else:
         torch._foreach_add_(targets, sources, alpha=scale)
-
-
-def _check_groups(groups: list[dict[str, Any]]) -> None:
-    """Raise :class:`ValueError` or :class:`TypeError` unless these can be parameter groups together."""
-    for index, group in enumerate(groups):
-        missing = [name for name in _OPTIONS if name not in group]
-        if missing:
-            raise ValueError(
-                f"this is no state of ClippedSGD: its parameter group {index} lacks {', '.join(missing)}"
-            )
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            check_number("lr", lr)
-        elif lr.ndim or lr.is_complex():
-            raise TypeError(f"lr must be a number or a 0-dim tensor, got {lr}")
-        for name in ("momentum", "weight_decay"):
-            check_number(name, group[name])
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {group[name]}")
-        if group["nesterov"] and not group["momentum"]:
-            raise ValueError(f"nesterov needs a positive momentum, got momentum={group['momentum']}")
-    _shared_options(groups)
-
-
-def _shared_options(groups: list[dict[str, Any]]) -> tuple[float, str, str]:
-    """``max_norm``, ``rule`` and ``nonfinite``, checked to be valid and the same in all groups."""
-    for group in groups:
-        check_rule(group["max_norm"], group["rule"])
-        check_choice("scope", group["scope"], SCOPES)
-        check_choice("nonfinite", group["nonfinite"], NONFINITE)
-    for name in _SHARED:
-        values = list(dict.fromkeys(group[name] for group in groups))
-        if len(values) > 1:
-            raise ValueError(
-                f"{name} must be the same in all parameter groups, because one norm is taken over all of "
-                f"them, got {values}"
-            )
-    options = groups[0]
-    return options["max_norm"], options["rule"], options["nonfinite"]
-
-
-def _local_gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """This rank's part of each gradient, laid out as this rank's part of the parameter."""
-    gradients = [parameter.grad for parameter in parameters]
-    if not any_dtensor(gradients):
-        return gradients
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        if any_dtensor([gradient]) and gradient.placements != parameter.placements:
-            gradients[index] = gradient.redistribute(placements=parameter.placements)
-    return local_parts(gradients)

@@ -194,3 +194,12 @@ def segments(streams: Tensor, bptt: int) -> list[tuple[Tensor, Tensor]]:
     count = (len(streams) - 1) // bptt
     starts = range(0, count * bptt, bptt)
     return [(streams[i : i + bptt], streams[i + 1 : i + bptt + 1]) for i in starts]
+
+
+def unigram_loss(corpus: Corpus) -> float:
+    """Validation loss of the training text's word frequencies alone, in nats per word.
+
+    One is added to every count, or a word that is missing from the training text would cost infinity.
+    """
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary)).double() + 1
+    return -(counts / counts.sum()).log()[corpus.valid].mean().item()

@@ -26,6 +26,7 @@ def recorded(
     out: str | Path,
     measure: Callable[[Path, Mapping[str, Any]], Measured],
     data_sha256: str | None,
+    **settings: Any,
 ) -> Record:
     """Measure and save the record, unless a finished one is there that was made under the same conditions.
 
@@ -36,17 +37,21 @@ def recorded(
         measure: ``measure(partial, identity)`` returns series, scalars and seconds. It may keep checkpoints
             in the folder ``partial``, marked with ``identity``; the folder goes when the record is saved.
         data_sha256: Hash of the data that the run reads.
+        **settings: What else belongs into the record's configuration.
 
     Returns:
         The record as read back from ``out``.
     """
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+    settings = plain | settings
     with numerical_settings(config.threads):
         here = records.provenance(config.device, data_sha256=data_sha256, wall_time=0.0)
         target = records.folder(out, name, config.name, here["device"])
         partial = target.with_name(f"{target.name}.partial")
         if not _is_finished(target, settings, here):
-            identity = {**settings, **{key: here[key] for key in _DECISIVE}}
+            # As text where nan may be inside, which is not equal to itself.
+            identity = {key: value if key in plain else repr(value) for key, value in settings.items()}
+            identity |= {key: here[key] for key in _DECISIVE}
             series, scalars, seconds = measure(partial, identity)
             made = records.provenance(config.device, data_sha256=data_sha256, wall_time=seconds)
             made |= {key: here[key] for key in ("source_sha256", "git_commit", "git_clean")}
@@ -60,7 +65,8 @@ def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]
         record = records.load(target)
     except records.RecordError:
         return False
-    return record.config == settings and all(record.provenance[key] == here[key] for key in _DECISIVE)
+    same = repr(record.config) == repr(settings)  # as text, because of nan
+    return same and all(record.provenance[key] == here[key] for key in _DECISIVE)
 
 
 @contextlib.contextmanager
@@ -120,6 +126,12 @@ class _Tasks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done = list(state["done"])
+
+
+def with_range(scalars: Mapping[str, Any], key: str, form: str) -> str:
+    """A scalar as a cell of a table, with its range over seeds in brackets."""
+    value, low, high = (scalars[f"{key}{end}"] for end in ("", "_min", "_max"))
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def html_table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

@@ -103,7 +103,7 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments._shell import html_table, recorded
+from gradclip.experiments._shell import html_table, recorded, with_range
 from gradclip.models.lstm import LanguageModel, State
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -270,7 +270,7 @@ def _measure(
     scalars = {
         **summarise(series, lr=config.lr, max_norm=config.max_norm),
         **_spread("valid.loss", float(np.mean(valid)), config.seeds, valid),
-        "valid.loss_unigram": _unigram_loss(corpus),
+        "valid.loss_unigram": text.unigram_loss(corpus),
         "model.parameters": sum(p.numel() for p in training.params),
         "data.tokens": len(corpus.train),
         "data.vocabulary": len(corpus.vocabulary),
@@ -549,7 +549,7 @@ def table(record: Record) -> str:
     """The statistics of a record as a table in HTML: over all points, and the range over seeds."""
     names = {"path": "midpoint", "largest": "largest of five", "local": "local", "other": "other batch"}
     rows = {
-        label: [_cell(record.scalars, f"probe.{key}_{name}", form) for name in names]
+        label: [with_range(record.scalars, f"probe.{key}_{name}", form) for name in names]
         for label, key, form in _TABLE
     }
     return html_table(("estimate", *names.values()), rows)
@@ -569,21 +569,10 @@ def refit_table(record: Record) -> str:
         label: [
             str(record.scalars[f"{subset}.count"]),
             *(
-                _cell(record.scalars, f"{subset}.l1_ols_over_mechanical_{name}", ".2f")
+                with_range(record.scalars, f"{subset}.l1_ols_over_mechanical_{name}", ".2f")
                 for name in ("path", "local")
             ),
         ]
         for subset, label in _REFITS.items()
     }
     return html_table(("least-squares L₁ over 2/(ηγ)", "points", "midpoint", "local"), rows)
-
-
-def _cell(scalars: Mapping[str, Any], key: str, form: str) -> str:
-    value, low, high = (scalars[f"{key}{end}"] for end in ("", "_min", "_max"))
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
-
-
-def _unigram_loss(corpus: text.Corpus) -> float:
-    # One is added to every count, or a word that is missing from the training text would cost infinity.
-    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary)).double() + 1
-    return -(counts / counts.sum()).log()[corpus.valid].mean().item()

@@ -1,0 +1,49 @@
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradclip import records
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks/optim_step.py"
+spec = importlib.util.spec_from_file_location("optim_step", SCRIPT)
+optim_step = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(optim_step)
+
+
+def test_parameter_lists_are_those_of_the_models():
+    counts = {
+        name: (len(shapes := make()), sum(map(math.prod, shapes))) for name, make in optim_step.LISTS.items()
+    }
+    # The 0.27 million of the ResNet paper, the count in LanguageModel, and GPT-2 small as released.
+    assert counts == {"resnet20": (59, 269_722), "lstm": (10, 4_043_472), "gpt2": (148, 124_439_808)}
+
+
+def test_the_best_is_the_least_median_and_ratios_are_within_rounds():
+    times = {
+        "gradclip": np.array([1.0, 2.0, 30.0]),
+        "slow": np.array([9.0, 9.0, 9.0]),
+        "fast": np.array([2.0, 4.0, 60.0]),  # the same disturbed round
+    }
+    best, quartiles = optim_step.compare(times)
+    assert best == "fast"
+    assert quartiles.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_short_run_leaves_a_record(tmp_path):
+    options = ["--lists", "resnet20", "--threads", "1", "--seconds", "0.1", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=True)
+    record = records.load(tmp_path / "benchmark-optim-step" / "cpu-cpu")
+    assert records.is_current(record)
+    assert len(record.series["method"]) == 2 * 7
+    for kind in ("momentum", "plain"):
+        key = f"resnet20.{kind}.1"
+        ratio, target = record.scalars[f"{key}.ratio"], record.scalars[f"{key}.target"]
+        assert ratio > 0
+        assert record.scalars[f"{key}.met"] == (ratio <= target)
+        assert f"{ratio:.3f}" in done.stdout
