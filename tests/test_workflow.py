@@ -106,8 +106,8 @@ def test_another_environment_runs_everything(project):
 
 
 def test_an_edit_of_the_notebook_of_an_experiment_keeps_its_record(project):
-    edit(project / "notebooks/04_first_measurement.ipynb", "\n")
-    assert planned(project) == {"notebook_04_first_measurement", "book"}
+    edit(project / "notebooks/07_first_measurement.ipynb", "\n")
+    assert planned(project) == {"notebook_07_first_measurement", "book"}
 
 
 def test_citing_another_test_runs_the_checks_and_not_the_notebooks(project):
