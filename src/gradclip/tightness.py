@@ -115,7 +115,7 @@ def _turning(u: float) -> float:
 def turning_radius(grad_norm: ArrayLike, L0: ArrayLike, L1: ArrayLike) -> Array:
     """The radius up to which one dimension is the worst case of every dimension.
 
-    Up to it :func:`gradclip.theory.exact_bound_1d` is the exact maximum of f(x - r ∇f(x)/g) - f(x) over all
+    Up to it :func:`.exact_bound_1d` is the exact maximum of f(x - r ∇f(x)/g) - f(x) over all
     functions with ‖∇²f‖ ≤ L0 + L1‖∇f‖ on Rⁿ, for every n; beyond it a path that turns has a larger integral
     than the straight one.
 
