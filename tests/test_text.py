@@ -2,6 +2,7 @@ import hashlib
 import sys
 from collections import Counter
 
+import pooch
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,12 +119,18 @@ def test_a_missing_or_damaged_treebank_file_is_named_and_nothing_replaces_it(ptb
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_a_folder_the_variable_is_named(monkeypatch, value):
-    monkeypatch.delenv("GRADCLIP_DATA_DIR", raising=False)
+def test_without_the_variable_the_cache_is_read(ptb, tmp_path, monkeypatch, value):
+    monkeypatch.delenv("GRADCLIP_DATA_DIR")
     if value is not None:
         monkeypatch.setenv("GRADCLIP_DATA_DIR", value)
-    with pytest.raises(DataError, match="set GRADCLIP_DATA_DIR"):
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / "cache" / project)
+    with pytest.raises(DataError, match=r"fetch` downloads .* GRADCLIP_DATA_DIR names") as error:
         text.penn_treebank()
+    cache = tmp_path / "cache" / "gradclip"
+    assert str(cache / "ptb" / "ptb.train.txt") in str(error.value)
+    cache.mkdir(parents=True)
+    ptb.rename(cache / "ptb")
+    assert len(text.penn_treebank().train) == 9
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m gradclip run NAME --profile P --out DIR`` and ``python -m gradclip list``."""
+"""The command line: ``python -m gradclip list``, ``run NAME --profile P --out DIR``, ``fetch NAME ...``."""
 
 import dataclasses
 import importlib
@@ -9,7 +9,7 @@ import torch
 import typer
 
 from gradclip import experiments, records
-from gradclip.data import DataError
+from gradclip.data import DataError, fetch
 
 PROFILES = ("smoke", "cpu", "paper")
 
@@ -58,6 +58,27 @@ def run(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(records.folder(out, record.experiment, record.profile, record.provenance["device"]))
+
+
+@app.command("fetch")
+def fetch_data(
+    names: Annotated[list[str], typer.Argument(help=f"Data sets: {', '.join(fetch.NAMES)}.")],
+) -> None:
+    """Download public data sets and check them.
+
+    They go to the folder that GRADCLIP_DATA_DIR names, or else to the user's cache folder. What is there and
+    right is not downloaded again; a download that was stopped goes on where it was.
+    """
+    for name in names:
+        if name not in fetch.NAMES:
+            raise typer.BadParameter(f"no data set {name!r}; choose from: {', '.join(fetch.NAMES)}")
+    for name in names:
+        try:
+            folder = fetch.fetch(name)
+        except DataError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from None
+        typer.echo(folder)
 
 
 def _module(name: str):

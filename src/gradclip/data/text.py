@@ -5,7 +5,6 @@ every CPython carries for ``help()``. :func:`penn_treebank` is the corpus of the
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradclip.data import DataError
+from gradclip.data import DataError, data_folder, read_checked
 
 UNKNOWN = "<unk>"
 END_OF_SENTENCE = "<eos>"
@@ -109,31 +108,20 @@ def penn_treebank(folder: str | Path | None = None) -> Corpus:
 
     Args:
         folder: The folder that holds ``ptb.train.txt``, ``ptb.valid.txt`` and ``ptb.test.txt``; by default
-            ``ptb`` below the folder that the environment variable ``GRADCLIP_DATA_DIR`` names.
+            the one of :func:`gradclip.data.data_folder`, where ``python -m gradclip fetch ptb`` puts them.
 
     Returns:
         The corpus. Words are numbered by first appearance in the training part; ``<eos>`` ends every line.
 
     Raises:
-        DataError: No folder is named, or a file is missing or has another hash than ``PTB_SHA256``; the
-            message names the path and both hashes.
+        DataError: A file is missing or has another hash than ``PTB_SHA256``; the message names the path and
+            both hashes.
     """
-    if folder is None:
-        root = os.environ.get("GRADCLIP_DATA_DIR")
-        if not root:
-            raise DataError("set GRADCLIP_DATA_DIR to the folder that holds ptb/ptb.train.txt")
-        folder = Path(root) / "ptb"
+    folder = data_folder("ptb") if folder is None else Path(folder)
     raw = b""
     parts = []
     for name, expected in PTB_SHA256.items():
-        path = Path(folder) / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file; it should have sha256 {expected}") from None
-        actual = hashlib.sha256(data).hexdigest()
-        if actual != expected:
-            raise DataError(f"{path}: sha256 is {actual}, expected {expected}")
+        data = read_checked(folder / name, expected)
         raw += data
         lines = data.decode().splitlines()
         parts.append([word for line in lines for word in (*line.split(), END_OF_SENTENCE)])
