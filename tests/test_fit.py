@@ -479,3 +479,16 @@ def test_without_growth_there_is_nothing_to_clip():
 def test_recommendations_that_do_not_exist_are_explained(L0, L1, message):
     with pytest.raises(ValueError, match=message):
         recommend(L0, L1)
+
+
+def test_a_quantile_line_through_zero_has_no_intercept_of_rounding():
+    g = np.geomspace(0.1, 10.0, 40)
+    line = fit(g, 15 * g**2.5, method="quantile", quantile=0.95)
+    assert line.L0 == 0.0
+    with pytest.raises(ValueError, match=r"L0 must be positive, got 0\.0"):
+        recommend(line.L0, line.L1)
+
+
+def test_a_fit_is_not_taken_for_a_number():
+    with pytest.raises(TypeError, match="L0 must be a number, got Fit"):
+        recommend(fit(G, S), 1.0)

@@ -878,6 +878,20 @@ def test_wrong_arguments_are_named(change, message):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": square()}, "loss must be callable without arguments, got Tensor; pass lambda: ..."),
+        ({"tol": "1e-2"}, "tol must be a number, got '1e-2' of type str"),
+        ({"confidence": "high"}, "confidence must be a number, got 'high' of type str"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(change, message):
+    arguments = {"loss": square, "params": [X]} | change
+    with pytest.raises(TypeError, match=message):
+        hessian_norm(**arguments)
+
+
+@pytest.mark.parametrize(
     ("k", "max_iter", "message"),
     [
         (0, 100, "k must be between 1 and 2, the number of parameters, got 0"),

@@ -664,12 +664,12 @@ class PolyakClippedSGD(_Clipping):
     ):
         super().__init__(params, {"f_star": f_star, "max_lr": max_lr, "nonfinite": nonfinite})
 
-    def step(self, closure: Callable[[], Any]) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
-            closure: Clears the gradients, evaluates the loss, calls ``backward`` and returns the loss, a
-                number or a tensor with one element.
+            closure: Needed. Clears the gradients, evaluates the loss, calls ``backward`` and returns the
+                loss, a number or a tensor with one element.
 
         Returns:
             What the closure returns.
@@ -689,6 +689,8 @@ class PolyakClippedSGD(_Clipping):
         check_choice("nonfinite", group["nonfinite"], NONFINITE)
 
     def _is_finite(self, norm: Tensor, loss: Any) -> Tensor:
+        if loss is None:
+            raise ValueError("the closure of PolyakClippedSGD.step must return the loss, got None")
         return norm.isfinite() & torch.as_tensor(loss, device=norm.device).isfinite().reshape(())
 
     def _update(self, sets: list[tuple], norm: Tensor, loss: Any) -> float | Tensor:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from gradclip.rules import check_number
+
 __all__ = ["Fit", "Interval", "Recommendation", "fit", "recommend"]
 
 _Array = NDArray[np.float64]
@@ -244,7 +246,7 @@ class Recommendation:
 
 
 def recommend(L0: float, L1: float) -> Recommendation:
-    """Learning rate and threshold for a function with ‖∇²f‖ ≤ L0 + L1 ‖∇f‖.
+    """Learning rate and threshold for a function with ‖∇²f‖ ≤ L0 + L1 ‖∇f‖, as ``recommend(fit.L0, fit.L1)``.
 
     With g = ‖∇f‖, the quadratic model of f along −∇f with curvature L0 + L1 g is smallest at the step
     η = 1/(L0 + L1 g). With c = L0/L1 this is η = (1/L0) c/(c + g): soft clipping with lr = 1/L0 and
@@ -260,6 +262,7 @@ def recommend(L0: float, L1: float) -> Recommendation:
         A :class:`Recommendation`.
 
     Raises:
+        TypeError: if an argument is not a number.
         ValueError: if an argument is out of range. L0 = 0 has no answer in this form: the step would be
             η = 1/(L1 g), a normalised step of length 1/L1, the limit of lr → ∞ and max_norm → 0 with a fixed
             product.
@@ -275,6 +278,7 @@ def recommend(L0: float, L1: float) -> Recommendation:
         Recommendation(lr=0.25, max_norm=inf)
     """
     for name, value in (("L0", L0), ("L1", L1)):
+        check_number(name, value)
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be non-negative and finite, got {value}")
     if L0 == 0.0:
@@ -383,6 +387,8 @@ def _quantiles(g: _Array, s: _Array, *, q: float) -> tuple[_Array, _Array]:
         high = np.where(open_ & rises, middle, high)
         low = np.where(open_ & ~rises, middle, low)
     intercept, _ = at(low)
+    # What is left of a residual that is 0 but for its rounding is no intercept.
+    intercept[intercept < 1e-14] = 0.0
     return intercept * s_scale[:, 0], low * (s_scale / g_scale)[:, 0]
 
 

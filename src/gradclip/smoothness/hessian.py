@@ -19,9 +19,9 @@ from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
 from gradclip.norms import total_norm
-from gradclip.rules import widest_dtype
+from gradclip.rules import check_number, widest_dtype
 from gradclip.smoothness._evaluate import undisturbed
-from gradclip.smoothness.path import check_match, check_params, listed
+from gradclip.smoothness.path import check_loss, check_match, check_params, listed
 
 __all__ = ["Eigenvalues", "HessianNorm", "directional_smoothness", "hessian_norm", "top_eigenvalues"]
 
@@ -144,6 +144,7 @@ def hessian_norm(
         ValueError: if an argument is out of range, ``params`` is empty or holds a tensor that is listed
             twice, is not a leaf or does not require a gradient, or ``loss`` does not return a differentiable
             scalar.
+        TypeError: if ``loss`` is not callable, or ``tol`` or ``confidence`` not a number.
         RuntimeError: if the loss, its gradient or a product is not finite, or if torch has no second
             derivative for an operation.
 
@@ -163,6 +164,8 @@ def hessian_norm(
         >>> round(result.value, 4), result.converged, result.hvps
         (4.0, True, 3)
     """
+    if confidence is not None:
+        check_number("confidence", confidence)
     if confidence is not None and not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     with _prepared(loss, params, 1, tol, max_iter) as hessian:
@@ -243,6 +246,7 @@ def directional_smoothness(
         >>> directional_smoothness(lambda: (w**4).sum(), [w], [torch.tensor([0.5, 0.0])])
         12.0
     """
+    check_loss(loss)
     params = listed("params", params)
     direction = [d.detach() for d in listed("direction", direction)]
     check_params(params)
@@ -304,9 +308,11 @@ class _Hessian:
 def _prepared(
     loss: Callable[[], Tensor], params: Iterable[Tensor], k: int, tol: float, max_iter: int
 ) -> Iterator[_Hessian]:
+    check_loss(loss)
     params = listed("params", params)
     check_params(params)
     size = sum(p.numel() for p in params)
+    check_number("tol", tol)
     if not 1 <= k <= size:
         raise ValueError(f"k must be between 1 and {size}, the number of parameters, got {k}")
     if not 0.0 < tol < math.inf:
@@ -512,7 +518,7 @@ def _lanczos(
     )
     converged = settled or (exhausted and accurate)
     found = Eigenvalues(tuple((unit * values).tolist()), tuple(residuals.tolist()), converged, m)
-    return found, unit * _upper(table, abs(ritz[0]), excess, epsilon)
+    return found, unit * float(_upper(table, abs(ritz[0]), excess, epsilon))
 
 
 def _settled(

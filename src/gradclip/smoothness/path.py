@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,8 +102,8 @@ def path_smoothness(
             parameter is listed twice, shares its memory with another one, is not a leaf or does not require a
             gradient, the step is zero or not finite, a fraction is not positive and finite, or ``loss`` does
             not return a differentiable scalar.
-        TypeError: if ``params``, ``step`` or ``grad`` is a single tensor or holds something that is not a
-            tensor.
+        TypeError: if ``loss`` is not callable, or ``params``, ``step`` or ``grad`` is a single tensor or
+            holds something that is not a tensor.
 
     References:
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020: the vertical
@@ -120,6 +121,7 @@ def path_smoothness(
         >>> result.gradients, w.tolist()
         (4, [1.0, 2.0])
     """
+    check_loss(loss)
     params = listed("params", params)
     step = [d.detach() for d in listed("step", step)]
     check_params(params)
@@ -171,6 +173,13 @@ def path_smoothness(
         step_norm=step_norm,
         gradients=len(fractions) + (grad is None),
     )
+
+
+def check_loss(loss: Any) -> None:
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be callable without arguments, got {type(loss).__name__}; pass lambda: ..."
+        )
 
 
 def listed(name: str, tensors: Iterable, *, optional: bool = False) -> list:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradclip import records
 from gradclip.norms import total_norm
 from gradclip.smoothness.hessian import directional_smoothness, hessian_norm
-from gradclip.smoothness.path import check_params, checked_fractions, listed, path_smoothness
+from gradclip.smoothness.path import check_loss, check_params, checked_fractions, listed, path_smoothness
 
 if TYPE_CHECKING:
     import pandas
@@ -92,8 +92,9 @@ class Probe:
         tol: float = 1e-2,
         confidence: float | None = 0.95,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        check_loss(loss)
         self.loss = loss
         self.params = listed("params", params)
         check_params(self.params)
@@ -141,6 +142,8 @@ class Probe:
             ValueError: if ``optimizer`` has none of the parameters or lacks one, or ``grad`` comes without
                 ``loss``, or as raised by :func:`.path_smoothness`.
         """
+        if loss is not None:
+            check_loss(loss)
         number = self._steps
         self._steps += 1
         if number % self.every:
