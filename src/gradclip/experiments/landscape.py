@@ -38,8 +38,9 @@ column                meaning
 Scalars. EST is ``midpoint`` (a = 0.5), ``local`` (a = 0.01), ``along``, ``random``, or ``fixed``, which goes
 with the gradient norm of the fixed batch. SUBSET is ``grid`` (all runs with clipping), ``clipped`` or
 ``unclipped`` (its steps with factor below 1, or of 1), ``late`` (its probes after the first quarter of the
-training) or ``plain_LR`` (no clipping, learning rate LR). *Within runs* means that the mean over each run is
-subtracted from the logarithms first, so that differences between runs do not count.
+training), ``plain_LR`` (no clipping, learning rate LR) or ``late_plain_LR``. *Within runs* means that the
+mean over each run is subtracted from the logarithms first, so that differences between runs do not count.
+Where there is nothing to compute from, a statistic is NaN.
 
 Behind the key of a statistic, ``_min`` and ``_max`` are its least and greatest value over seeds, and ``_low``
 and ``_high`` the ends of the 95 % interval of a block bootstrap whose blocks are whole runs.
@@ -74,6 +75,7 @@ key                                  meaning
 ``fraction.deviation_A``             median of ``|L̂_a / along - 1|`` at a = A, over the runs of the grid
 ``fraction.agree_A``                 share of probes where it is at most 0.05
 ``fraction.largest``                 largest a whose median is at most 0.05; 0 if none
+``fraction_clipped.deviation_A``     the same over clipped steps alone; so ``agree`` and ``largest``
 ``model.parameters``                 number of parameters
 ``data.tokens``, ``data.vocabulary``  training tokens, different words
 ``data.sha256``                      SHA-256 of the text
@@ -399,8 +401,12 @@ def subsets(series: Series) -> dict[str, np.ndarray]:
     """
     lr, max_norm, factor, k = (series[name] for name in ("lr", "max_norm", "clip_factor", "iteration"))
     grid = np.isfinite(max_norm)
-    plain = {f"plain_{value:g}": ~grid & (lr == value) for value in np.unique(lr[~grid])}
-    parts = {"clipped": factor < 1, "unclipped": factor == 1, "late": k >= k.max() / 4}
+    late = k >= k.max() / 4
+    plain = {}
+    for value in np.unique(lr[~grid]):
+        rows = ~grid & (lr == value)
+        plain |= {f"plain_{value:g}": rows, f"late_plain_{value:g}": rows & late}
+    parts = {"clipped": factor < 1, "unclipped": factor == 1, "late": late}
     return {"grid": grid, **{name: grid & part for name, part in parts.items()}, **plain}
 
 
@@ -489,7 +495,11 @@ def summarise(series: Series) -> dict[str, float | int]:
         pairs = [np.log(np.stack([edge(series)[r], series["hessian_norm"][r]], axis=1)) for r in runs]
         scalars |= _intervals(f"edge.ratio_{kind}", _median_ratio, pairs, seeds)
         scalars |= _intervals(f"edge.slope_{kind}", lambda p: _line(p)[0], pairs, seeds)
-    return scalars | _fractions(series, masks["grid"])
+    return (
+        scalars
+        | _fractions(series, "fraction", masks["grid"])
+        | _fractions(series, "fraction_clipped", masks["clipped"])
+    )
 
 
 def deviations(series: Series, rows: np.ndarray) -> np.ndarray:
@@ -504,7 +514,7 @@ def deviations(series: Series, rows: np.ndarray) -> np.ndarray:
     return np.abs(estimates / series["along"][rows, None] - 1)
 
 
-def _fractions(series: Series, mask: np.ndarray) -> dict[str, float]:
+def _fractions(series: Series, name: str, mask: np.ndarray) -> dict[str, float]:
     scalars, good = {}, [0.0]
     rows = mask & np.isfinite(series["along"])
     runs = [np.flatnonzero(rows).searchsorted(run) for run in _runs(series, rows)]
@@ -512,13 +522,11 @@ def _fractions(series: Series, mask: np.ndarray) -> dict[str, float]:
     seeds = np.array([series["seed"][rows][run[0]] for run in runs])
     for i, a in enumerate(FRACTIONS):
         values = [found[run, i, None] for run in runs]
-        scalars |= _intervals(f"fraction.deviation_{a:g}", lambda v: float(np.median(v)), values, seeds)
-        scalars |= _intervals(
-            f"fraction.agree_{a:g}", lambda v: float((v <= AGREEMENT).mean()), values, seeds
-        )
-        if scalars[f"fraction.deviation_{a:g}"] <= AGREEMENT:
+        scalars |= _intervals(f"{name}.deviation_{a:g}", lambda v: float(np.median(v)), values, seeds)
+        scalars |= _intervals(f"{name}.agree_{a:g}", lambda v: float((v <= AGREEMENT).mean()), values, seeds)
+        if scalars[f"{name}.deviation_{a:g}"] <= AGREEMENT:
             good.append(a)
-    return scalars | {"fraction.largest": max(good)}
+    return scalars | {f"{name}.largest": max(good)}
 
 
 def _partial(series: Series, mask: np.ndarray) -> dict[str, float]:
@@ -541,7 +549,8 @@ def _mechanical(
     """Saturation, and the correlation that is left when ρ is shuffled and the level is not."""
     column, _ = ESTIMATORS[estimator]
     height = level(series, fraction)
-    scalars = {f"{subset}.saturation_{estimator}": float(np.median((series[column] / height)[mask]))}
+    change = (series[column] / height)[mask]
+    scalars = {f"{subset}.saturation_{estimator}": float(np.median(change)) if change.size else math.nan}
     generator, draws = np.random.default_rng(0), []
     runs = [run for run in _runs(series, mask) if len(run) > 1]
     logs = [(np.log(series["grad_norm"][r]), np.log(height[r]), np.log(series[column][r])) for r in runs]
