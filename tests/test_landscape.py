@@ -54,7 +54,7 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
     patterns = []
     for key in keys:
         pattern = re.escape(key).replace("EST", f"({'|'.join(ESTIMATORS)})").replace("SUBSET", subset)
-        pattern = pattern.replace("KIND", "(clipped|unclipped)").replace("_A", r"_[\d.]+")
+        pattern = pattern.replace("KIND", "(clipped|unclipped|late_clipped)").replace("_A", r"_[\d.]+")
         patterns.append(pattern.replace("plain_LR", r"(late_)?plain_[\d.]+"))
     patterns += [r"fit_unclipped\.(ratio|zero)_\w+", r"fraction_clipped\.(agree_[\d.]+|largest)"]
     for pattern in patterns:

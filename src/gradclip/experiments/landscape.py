@@ -68,7 +68,8 @@ key                                  meaning
                                      ln ‖d‖, k and ln(1 + k); EST is not ``random``
 ``partial_within.pearson_EST``       the same within runs
 ``difference.pearson_EST``           correlation of the changes of ln L̂ and ln ‖g‖ from one probe to the next
-``edge.count_KIND``                  Hessian norms at KIND (``clipped`` or ``unclipped``) steps of the grid
+``edge.count_KIND``                  Hessian norms at KIND steps of the grid: ``clipped``, ``unclipped`` or
+                                     ``late_clipped``
 ``edge.ratio_KIND``                  median of ‖∇²f‖ / (2/η_k), η_k = η min(1, γ/‖g‖): 1 on the edge of
                                      stability
 ``edge.slope_KIND``                  slope of ln ‖∇²f‖ on ln 2/η_k, over runs
@@ -487,8 +488,10 @@ def summarise(series: Series) -> dict[str, float | int]:
         if name.startswith("plain"):
             scalars[f"{name}.diverged"] = int(series["diverged"][mask].sum())
     scalars |= _partial(series, masks["grid"])
-    for kind in ("clipped", "unclipped"):
-        rows = masks[kind] & np.isfinite(series["hessian_norm"])
+    for kind in ("clipped", "unclipped", "late_clipped"):
+        rows = np.logical_and.reduce([masks[part] for part in kind.split("_")]) & np.isfinite(
+            series["hessian_norm"]
+        )
         scalars[f"edge.count_{kind}"] = int(rows.sum())
         runs = list(_runs(series, rows))
         seeds = np.array([series["seed"][run[0]] for run in runs])
