@@ -78,7 +78,8 @@ key                                  meaning
 ``fraction.largest``                 largest a whose median is at most 0.05; 0 if none
 ``fraction_clipped.deviation_A``     the same over clipped steps alone; so ``agree`` and ``largest``
 ``model.parameters``                 number of parameters
-``data.tokens``, ``data.vocabulary``  training tokens, different words
+``data.tokens``                      training tokens
+``data.vocabulary``                  different words
 ``data.sha256``                      SHA-256 of the text
 ===================================  ========================================================================
 """
@@ -506,7 +507,7 @@ def summarise(series: Series) -> dict[str, float | int]:
 
 
 def deviations(series: Series, rows: np.ndarray) -> np.ndarray:
-    """|L̂_a / along - 1| of the probes with a Hessian-vector product, shape (probes, fractions).
+    """``|L̂_a / along - 1|`` of the probes with a Hessian-vector product, shape (probes, fractions).
 
     Args:
         series: The columns of a record.
