@@ -1,0 +1,649 @@
+"""Which part of "smoothness grows with the gradient norm" is the landscape? Controls on a language model.
+
+A two-layer tied LSTM is trained by SGD on a grid of learning rates η and clipping thresholds γ, and without
+clipping. At x_k, with d = x_{k+1} - x_k the update, and the batch of the step at both ends of a difference,
+
+    L̂_a = ‖∇f(x_k + a d) - ∇f(x_k)‖ / (a ‖d‖)        along a fraction a of the step
+    ‖∇²f(x_k) d‖ / ‖d‖                               its limit, by a Hessian-vector product
+    ‖∇²f(x_k) r‖ / ‖r‖                               along a random direction, r normal
+    ‖∇²f(x_k)‖                                       the sharpness                 [all in loss/parameter²]
+
+With g = ∇f(x_k), the *level* of L̂_a is ‖g‖/(a ‖d‖) = max(1, ‖g‖/γ)/(a η), its value where the gradient
+changes by its own length. It knows nothing of the loss, and where steps are clipped it has a slope in ‖g‖ of
+1/(aηγ), which is 2/(ηγ) at the midpoint. L̂_a over the level is ρ, the relative change of the gradient.
+
+Series, one row per probed step; NaN where something was not measured:
+
+====================  =====================================================================================
+column                meaning
+====================  =====================================================================================
+``lr``                learning rate η
+``max_norm``          threshold γ; infinite in training without clipping
+``seed``              seed of the weights and of the random directions; all runs read the same batches
+``iteration``         training step k, from 0
+``loss``              loss of the batch at x_k, nats per word
+``grad_norm``         ‖∇f(x_k)‖ of the batch
+``clip_factor``       min(1, γ/‖∇f(x_k)‖)
+``update_length``     ‖d‖
+``path_0.003``, ...   L̂_a at a = 0.003, 0.01, 0.03, 0.1, 0.25, 0.5
+``along``             ‖∇²f(x_k) d‖ / ‖d‖
+``random``            ‖∇²f(x_k) r‖ / ‖r‖
+``fixed_grad_norm``   gradient norm on a fixed batch, the first of the validation text
+``fixed``             L̂_a on the fixed batch along the same d, a = 0.01
+``hessian_norm``      ‖∇²f(x_k)‖ to 1 %, by residuals
+``diverged``          1 in the last row of a run that was given up because its loss had passed ten times that
+                      of guessing, and 0 everywhere else
+====================  =====================================================================================
+
+Scalars. EST is ``midpoint`` (a = 0.5), ``local`` (a = 0.01), ``along``, ``random``, or ``fixed``, which goes
+with the gradient norm of the fixed batch. SUBSET is ``grid`` (all runs with clipping), ``clipped`` or
+``unclipped`` (its steps with factor below 1, or of 1), ``late`` (its probes after the first quarter of the
+training), ``plain_LR`` (no clipping, learning rate LR) or ``late_plain_LR``. *Within runs* means that the
+mean over each run is subtracted from the logarithms first, so that differences between runs do not count.
+Where there is nothing to compute from, a statistic is NaN.
+
+Behind the key of a statistic, ``_min`` and ``_max`` are its least and greatest value over seeds, and ``_low``
+and ``_high`` the ends of the 95 % interval of a block bootstrap whose blocks are whole runs.
+
+===================================  ========================================================================
+key                                  meaning
+===================================  ========================================================================
+``fit.slope_EST``                    L1 is fitted to each clipped run by least squares: slope of ln L1 on
+                                     ln 2/(ηγ) over the runs
+``fit.ratio_EST``                    geometric mean of L1 / (2/(ηγ)) over the runs
+``fit.zero_EST``                     runs whose L1 is zero; they are left out of both
+``fit_unclipped.slope_EST``,         the same, of fits to the unclipped steps alone; so ``ratio`` and ``zero``
+``SUBSET.count``                     probed steps
+``SUBSET.pearson_EST``               correlation of ln L̂ and ln ‖g‖ within runs
+``SUBSET.slope_EST``                 slope of ln L̂ on ln ‖g‖ within runs
+``SUBSET.shuffled_EST``              97.5 % quantile of the absolute correlation when the pairs of a run are
+                                     shuffled
+``SUBSET.level_EST``                 mean correlation when ρ is shuffled within runs and the level is not:
+                                     what step lengths alone give. EST is ``midpoint`` or ``local``
+``SUBSET.level_share_EST``           that over ``SUBSET.pearson_EST``
+``SUBSET.saturation_EST``            median of ρ; EST is ``midpoint`` or ``local``
+``grid.clipped_share``               share of probed steps that are clipped
+``plain_LR.diverged``                runs that were given up
+``partial.pearson_EST``              partial correlation of ln L̂ and ln ‖g‖ over the runs of the grid, given
+                                     ln ‖d‖, k and ln(1 + k); EST is not ``random``
+``partial_within.pearson_EST``       the same within runs
+``difference.pearson_EST``           correlation of the changes of ln L̂ and ln ‖g‖ from one probe to the next
+``edge.count_KIND``                  Hessian norms at KIND steps of the grid: ``clipped``, ``unclipped`` or
+                                     ``late_clipped``
+``edge.ratio_KIND``                  median of ‖∇²f‖ / (2/η_k), η_k = η min(1, γ/‖g‖): 1 on the edge of
+                                     stability
+``edge.slope_KIND``                  slope of ln ‖∇²f‖ on ln 2/η_k, over runs
+``fraction.deviation_A``             median of ``|L̂_a / along - 1|`` at a = A, over the runs of the grid
+``fraction.agree_A``                 share of probes where it is at most 0.05
+``fraction.largest``                 largest a whose median is at most 0.05; 0 if none
+``fraction_clipped.deviation_A``     the same over clipped steps alone; so ``agree`` and ``largest``
+``model.parameters``                 number of parameters
+``data.tokens``                      training tokens
+``data.vocabulary``                  different words
+``data.sha256``                      SHA-256 of the text
+===================================  ========================================================================
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradclip.data import text
+from gradclip.experiments._shell import recorded, run_tasks
+from gradclip.models.lstm import LanguageModel
+from gradclip.norms import total_norm
+from gradclip.optim import ClippedSGD
+from gradclip.records import Record
+from gradclip.smoothness import directional_smoothness, fit, hessian_norm, path_smoothness
+
+NAME = "landscape"
+CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
+FRACTIONS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5)
+LOCAL, MIDPOINT = 0.01, 0.5
+AGREEMENT = 0.05
+# Estimator in a scalar's key: its column, and the column of the gradient norm that goes with it.
+ESTIMATORS = {
+    "midpoint": ("path_0.5", "grad_norm"),
+    "local": ("path_0.01", "grad_norm"),
+    "along": ("along", "grad_norm"),
+    "random": ("random", "grad_norm"),
+    "fixed": ("fixed", "fixed_grad_norm"),
+}
+_FITTED = 8  # points that `fit` needs
+_RESAMPLES, _SHUFFLES = 400, 200
+
+Series = Mapping[str, np.ndarray]
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result, apart from versions and hardware.
+
+    Args:
+        name: Name of the profile.
+        corpus: A key of ``CORPORA``.
+        embedding: Width of the embedding and of the last LSTM layer.
+        hidden: Units of the other LSTM layers.
+        layers: LSTM layers.
+        batch: Streams of text side by side.
+        bptt: Words per stream and step.
+        lrs: Learning rates of the grid.
+        max_norms: Thresholds of the grid.
+        plain_lrs: Learning rates of the runs without clipping.
+        steps: Training steps of a run.
+        probe_every: The estimates at a = 0.01 and 0.5 are measured at every so many steps.
+        product_every: So are the other fractions, the Hessian-vector products and the fixed batch; a multiple
+            of ``probe_every``.
+        hessian_every: So is the Hessian norm, half-way between two multiples; the half is a multiple of
+            ``probe_every``.
+        seeds: Seeds.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads during the run.
+
+    Raises:
+        ValueError: What is measured rarely would fall between two probes.
+    """
+
+    name: str
+    corpus: str
+    embedding: int
+    hidden: int
+    layers: int
+    batch: int
+    bptt: int
+    lrs: tuple[float, ...]
+    max_norms: tuple[float, ...]
+    plain_lrs: tuple[float, ...]
+    steps: int
+    probe_every: int
+    product_every: int
+    hessian_every: int
+    seeds: tuple[int, ...]
+    device: str
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, distance in (
+            ("product_every", self.product_every),
+            ("half of hessian_every", self.hessian_every / 2),
+        ):
+            if distance % self.probe_every:
+                raise ValueError(
+                    f"{name} must be a multiple of probe_every={self.probe_every}, got {distance:g}"
+                )
+
+    @staticmethod
+    def profile(name: str) -> "Config":
+        """The configuration of a profile.
+
+        ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: a small model on the reference manual.
+        ``paper`` is the model and batch of the paper's released code on the Penn Treebank.
+
+        Raises:
+            ValueError: There is no such profile.
+        """
+        smoke = Config(
+            name="smoke",
+            corpus="reference-manual",
+            embedding=8,
+            hidden=12,
+            layers=2,
+            batch=4,
+            bptt=5,
+            lrs=(10.0, 30.0),
+            max_norms=(0.25, 1.0),
+            plain_lrs=(2.0, 30.0),
+            steps=20,
+            probe_every=2,
+            product_every=4,
+            hessian_every=12,
+            seeds=(0, 1),
+            device="cpu",
+        )
+        cpu = dataclasses.replace(
+            smoke,
+            name="cpu",
+            embedding=32,
+            hidden=64,
+            batch=20,
+            bptt=15,
+            lrs=(10.0, 30.0, 60.0),
+            max_norms=(0.1, 0.25, 1.0),
+            steps=80,
+            product_every=8,
+            hessian_every=20,
+            seeds=(0, 1, 2),
+        )
+        paper = dataclasses.replace(
+            cpu,
+            name="paper",
+            corpus="penn-treebank",
+            embedding=200,
+            hidden=512,
+            batch=256,
+            bptt=70,
+            steps=600,
+            hessian_every=80,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        profiles = {config.name: config for config in (smoke, cpu, paper)}
+        if name not in profiles:
+            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
+        return profiles[name]
+
+    @property
+    def cells(self) -> list[tuple[float, float]]:
+        """Learning rate and threshold of every training, the unclipped ones last."""
+        return [*product(self.lrs, self.max_norms), *((lr, math.inf) for lr in self.plain_lrs)]
+
+
+def run(config: Config, out: str | Path) -> Record:
+    """Train, measure and save the record; go on where an earlier call was stopped.
+
+    A finished record of the same configuration, source, data, device and versions is returned as it is.
+
+    Args:
+        config: What to run.
+        out: Folder of all records.
+
+    Returns:
+        The record as read back from ``out``.
+
+    Raises:
+        DataError: The corpus is missing or damaged.
+    """
+    corpus = CORPORA[config.corpus]()
+    return recorded(NAME, config, out, functools.partial(_measure, config, corpus), corpus.sha256)
+
+
+def _measure(
+    config: Config, corpus: text.Corpus, partial: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
+    tasks = [
+        functools.partial(_train, config, corpus, lr, max_norm, seed)
+        for lr, max_norm in config.cells
+        for seed in config.seeds
+    ]
+    found, seconds = run_tasks(tasks, checkpoint=partial / "tasks.pt", identity=identity, label=NAME)
+    rows = [row for part in found for row in part]
+    series = {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
+    scalars = {
+        **summarise(series),
+        "model.parameters": sum(p.numel() for p in _model(config, corpus, 0).parameters()),
+        "data.tokens": len(corpus.train),
+        "data.vocabulary": len(corpus.vocabulary),
+        "data.sha256": corpus.sha256,
+    }
+    return series, scalars, seconds
+
+
+def _model(config: Config, corpus: text.Corpus, seed: int) -> LanguageModel:
+    return LanguageModel(
+        len(corpus.vocabulary),
+        embedding=config.embedding,
+        hidden=config.hidden,
+        layers=config.layers,
+        generator=torch.Generator().manual_seed(seed),
+    ).to(config.device)
+
+
+def _train(config: Config, corpus: text.Corpus, lr: float, max_norm: float, seed: int) -> list[Row]:
+    model = _model(config, corpus, seed)
+    params = list(model.parameters())
+    optimizer = ClippedSGD(params, lr, max_norm=max_norm)
+    directions = torch.Generator().manual_seed(seed + 1)
+
+    def segments(words: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return text.segments(text.batchify(words.to(config.device), config.batch), config.bptt)
+
+    training, start = segments(corpus.train), model.initial_state(config.batch)
+    fixed_words, fixed_targets = segments(corpus.valid)[0]
+    state, rows = start, []
+    for k in range(config.steps):
+        words, targets = training[k % len(training)]
+        before = start if k % len(training) == 0 else state
+        loss, state = model.loss(words, targets, before)
+        if not loss.item() <= 10 * math.log(len(corpus.vocabulary)):
+            if rows:
+                rows[-1]["diverged"] = 1.0
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        gradient, here = [p.grad for p in params], _copies(params)
+        optimizer.step()
+        if k % config.probe_every:
+            continue
+        ahead = _copies(params)
+        update = [b - a for a, b in zip(here, ahead, strict=True)]
+        _assign(params, here)
+        rows.append(
+            {
+                "lr": lr,
+                "max_norm": max_norm,
+                "seed": seed,
+                "iteration": k,
+                "loss": loss.item(),
+                "grad_norm": optimizer.last_norm.item(),
+                "clip_factor": optimizer.last_factor.item(),
+                "update_length": total_norm(update).item(),
+                **_probe(
+                    config,
+                    k,
+                    lambda w=words, t=targets, s=before: model.loss(w, t, s)[0],
+                    lambda: model.loss(fixed_words, fixed_targets, start)[0],
+                    params,
+                    gradient,
+                    update,
+                    directions,
+                ),
+                "diverged": 0.0,
+            }
+        )
+        _assign(params, ahead)
+    return rows
+
+
+def _probe(
+    config: Config,
+    k: int,
+    batch: Callable[[], Tensor],
+    fixed: Callable[[], Tensor],
+    params: list[Tensor],
+    gradient: list[Tensor],
+    update: list[Tensor],
+    directions: torch.Generator,
+) -> Row:
+    """Measure at x_k, where the parameters are."""
+    rare = ("along", "random", "fixed_grad_norm", "fixed", "hessian_norm")
+    row = dict.fromkeys((*(f"path_{a:g}" for a in FRACTIONS), *rare), math.nan)
+    products = k % config.product_every == 0
+    fractions = FRACTIONS if products else (LOCAL, MIDPOINT)
+    path = path_smoothness(batch, params, update, fractions=fractions, grad=gradient)
+    row |= {f"path_{a:g}": value for a, value in zip(fractions, path.values, strict=True)}
+    if products:
+        row["along"] = directional_smoothness(batch, params, update)
+        # Drawn on the CPU, so that a seed gives the same directions on every device.
+        draws = [torch.randn(p.shape, generator=directions).to(p) for p in params]
+        row["random"] = directional_smoothness(batch, params, draws)
+        other = path_smoothness(fixed, params, update, fractions=(LOCAL,))
+        row |= {"fixed_grad_norm": other.grad_norm, "fixed": other.value}
+    if k % config.hessian_every == config.hessian_every // 2:
+        row["hessian_norm"] = hessian_norm(batch, params).value
+    return row
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+@torch.no_grad()
+def _assign(params: list[Tensor], values: list[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
+
+
+# Statistics
+
+
+def subsets(series: Series) -> dict[str, np.ndarray]:
+    """Which rows belong to each SUBSET of the scalars, as masks.
+
+    Args:
+        series: The columns of a record.
+    """
+    lr, max_norm, factor, k = (series[name] for name in ("lr", "max_norm", "clip_factor", "iteration"))
+    grid = np.isfinite(max_norm)
+    late = k >= k.max() / 4
+    plain = {}
+    for value in np.unique(lr[~grid]):
+        rows = ~grid & (lr == value)
+        plain |= {f"plain_{value:g}": rows, f"late_plain_{value:g}": rows & late}
+    parts = {"clipped": factor < 1, "unclipped": factor == 1, "late": late}
+    return {"grid": grid, **{name: grid & part for name, part in parts.items()}, **plain}
+
+
+def fits(series: Series, estimator: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The least-squares L1 of each run with a threshold, beside what the step length suggests.
+
+    Args:
+        series: The columns of a record.
+        estimator: A key of ``ESTIMATORS``.
+        rows: Mask of the rows to use. Runs with fewer than eight of them, or with equal gradient norms, are
+            left out.
+
+    Returns:
+        ``mechanical`` (2/(ηγ)), ``l1`` and ``seed``, one element per run.
+    """
+    column, norm = ESTIMATORS[estimator]
+    found = []
+    for run in _runs(series, rows & np.isfinite(series[column]) & np.isfinite(series["max_norm"])):
+        if len(run) >= _FITTED and np.ptp(series[norm][run]) > 0:
+            first = run[0]
+            mechanical = 2 / (series["lr"][first] * series["max_norm"][first])
+            line = fit(series[norm][run], series[column][run], method="ols")
+            found.append((mechanical, line.L1, series["seed"][first]))
+    return dict(zip(("mechanical", "l1", "seed"), np.array(found).reshape(-1, 3).T, strict=True))
+
+
+def level(series: Series, fraction: float) -> np.ndarray:
+    """‖g‖ / (a ‖d‖), the estimate of a gradient that changes by its own length.
+
+    Args:
+        series: The columns of a record.
+        fraction: a.
+    """
+    return series["grad_norm"] / (fraction * series["update_length"])
+
+
+def edge(series: Series) -> np.ndarray:
+    """2/η_k with η_k = η min(1, γ/‖g‖): the sharpness on the edge of stability.
+
+    Args:
+        series: The columns of a record.
+    """
+    return 2 / (series["lr"] * series["clip_factor"])
+
+
+def summarise(series: Series) -> dict[str, float | int]:
+    """The scalars that follow from the series; the module's docstring lists them.
+
+    Args:
+        series: The columns of a record.
+    """
+    scalars: dict[str, float | int] = {}
+    masks = subsets(series)
+    for name, mask in (("fit", masks["grid"]), ("fit_unclipped", masks["unclipped"])):
+        for estimator in ("midpoint", "local", "along", "fixed"):
+            found = fits(series, estimator, mask)
+            positive = found["l1"] > 0
+            scalars[f"{name}.zero_{estimator}"] = int((~positive).sum())
+            x, y = np.log(found["mechanical"][positive]), np.log(found["l1"][positive])
+            pairs = [np.array([[a, b]]) for a, b in zip(x, y, strict=True)]
+            seeds = found["seed"][positive]
+            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: _line(p)[0], pairs, seeds)
+            scalars |= _intervals(f"{name}.ratio_{estimator}", _ratio, pairs, seeds)
+    for name, mask in masks.items():
+        scalars[f"{name}.count"] = int(mask.sum())
+        for estimator in ESTIMATORS:
+            pairs, seeds = _pairs(series, estimator, mask)
+            pairs = [pair - pair.mean(axis=0) for pair in pairs]
+            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: _line(p)[0], pairs, seeds)
+            scalars |= _intervals(f"{name}.pearson_{estimator}", lambda p: _line(p)[1], pairs, seeds)
+            scalars[f"{name}.shuffled_{estimator}"] = float(np.quantile(np.abs(_shuffled(pairs)), 0.975))
+        for estimator, fraction in (("midpoint", MIDPOINT), ("local", LOCAL)):
+            scalars |= _mechanical(series, name, estimator, fraction, mask)
+            left, pearson = (scalars[f"{name}.{key}_{estimator}"] for key in ("level", "pearson"))
+            scalars[f"{name}.level_share_{estimator}"] = left / pearson
+    scalars["grid.clipped_share"] = scalars["clipped.count"] / scalars["grid.count"]
+    for name, mask in masks.items():
+        if name.startswith("plain"):
+            scalars[f"{name}.diverged"] = int(series["diverged"][mask].sum())
+    scalars |= _partial(series, masks["grid"])
+    for kind in ("clipped", "unclipped", "late_clipped"):
+        rows = np.logical_and.reduce([masks[part] for part in kind.split("_")]) & np.isfinite(
+            series["hessian_norm"]
+        )
+        scalars[f"edge.count_{kind}"] = int(rows.sum())
+        runs = list(_runs(series, rows))
+        seeds = np.array([series["seed"][run[0]] for run in runs])
+        pairs = [np.log(np.stack([edge(series)[r], series["hessian_norm"][r]], axis=1)) for r in runs]
+        scalars |= _intervals(f"edge.ratio_{kind}", _median_ratio, pairs, seeds)
+        scalars |= _intervals(f"edge.slope_{kind}", lambda p: _line(p)[0], pairs, seeds)
+    return (
+        scalars
+        | _fractions(series, "fraction", masks["grid"])
+        | _fractions(series, "fraction_clipped", masks["clipped"])
+    )
+
+
+def deviations(series: Series, rows: np.ndarray) -> np.ndarray:
+    """``|L̂_a / along - 1|`` of the probes with a Hessian-vector product, shape (probes, fractions).
+
+    Args:
+        series: The columns of a record.
+        rows: Mask of the rows to use.
+    """
+    rows = rows & np.isfinite(series["along"])
+    estimates = np.stack([series[f"path_{a:g}"][rows] for a in FRACTIONS], axis=1)
+    return np.abs(estimates / series["along"][rows, None] - 1)
+
+
+def _fractions(series: Series, name: str, mask: np.ndarray) -> dict[str, float]:
+    scalars, good = {}, [0.0]
+    rows = mask & np.isfinite(series["along"])
+    runs = [np.flatnonzero(rows).searchsorted(run) for run in _runs(series, rows)]
+    found = deviations(series, mask)
+    seeds = np.array([series["seed"][rows][run[0]] for run in runs])
+    for i, a in enumerate(FRACTIONS):
+        values = [found[run, i, None] for run in runs]
+        scalars |= _intervals(f"{name}.deviation_{a:g}", lambda v: float(np.median(v)), values, seeds)
+        scalars |= _intervals(f"{name}.agree_{a:g}", lambda v: float((v <= AGREEMENT).mean()), values, seeds)
+        if scalars[f"{name}.deviation_{a:g}"] <= AGREEMENT:
+            good.append(a)
+    return scalars | {f"{name}.largest": max(good)}
+
+
+def _partial(series: Series, mask: np.ndarray) -> dict[str, float]:
+    scalars = {}
+    k, length = series["iteration"], series["update_length"]
+    controls = np.stack([np.log(length), k, np.log1p(k)], axis=1)
+    for estimator in ("midpoint", "local", "along", "fixed"):
+        runs, seeds = _pairs(series, estimator, mask, controls)
+        scalars |= _intervals(f"partial.pearson_{estimator}", _partial_correlation, runs, seeds)
+        within = [run - run.mean(axis=0) for run in runs]
+        scalars |= _intervals(f"partial_within.pearson_{estimator}", _partial_correlation, within, seeds)
+        changes = [np.diff(run[:, :2], axis=0) for run in runs]
+        scalars |= _intervals(f"difference.pearson_{estimator}", lambda p: _line(p)[1], changes, seeds)
+    return scalars
+
+
+def _mechanical(
+    series: Series, subset: str, estimator: str, fraction: float, mask: np.ndarray
+) -> dict[str, float]:
+    """Saturation, and the correlation that is left when ρ is shuffled and the level is not."""
+    column, _ = ESTIMATORS[estimator]
+    height = level(series, fraction)
+    change = (series[column] / height)[mask]
+    scalars = {f"{subset}.saturation_{estimator}": float(np.median(change)) if change.size else math.nan}
+    generator, draws = np.random.default_rng(0), []
+    runs = [run for run in _runs(series, mask) if len(run) > 1]
+    logs = [(np.log(series["grad_norm"][r]), np.log(height[r]), np.log(series[column][r])) for r in runs]
+    for _ in range(_SHUFFLES):
+        pairs = [np.stack([g, h + generator.permutation(s - h)], axis=1) for g, h, s in logs]
+        draws.append(_line(_joined([pair - pair.mean(axis=0) for pair in pairs]))[1])
+    return scalars | {f"{subset}.level_{estimator}": float(np.mean(draws))}
+
+
+def _shuffled(pairs: list[np.ndarray]) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return np.array(
+        [
+            _line(_joined([np.stack([p[:, 0], generator.permutation(p[:, 1])], axis=1) for p in pairs]))[1]
+            for _ in range(_SHUFFLES)
+        ]
+    )
+
+
+def _runs(series: Series, mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Row numbers of each run under the mask, in the order of the rows."""
+    keys = np.stack([series[name] for name in ("lr", "max_norm", "seed")], axis=1)
+    chosen = np.flatnonzero(mask)
+    for key in np.unique(keys[chosen], axis=0):
+        yield chosen[(keys[chosen] == key).all(axis=1)]
+
+
+def _pairs(
+    series: Series, estimator: str, mask: np.ndarray, extra: np.ndarray | None = None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Per run the columns ln ‖g‖, ln L̂ and ``extra``, and the run's seed; runs of one point are left out."""
+    column, norm = ESTIMATORS[estimator]
+    runs = [run for run in _runs(series, mask & np.isfinite(series[column])) if len(run) > 1]
+    seeds = np.array([series["seed"][run[0]] for run in runs])
+    parts = [np.log(np.stack([series[norm][run], series[column][run]], axis=1)) for run in runs]
+    if extra is not None:
+        parts = [np.concatenate([part, extra[run]], axis=1) for part, run in zip(parts, runs, strict=True)]
+    return parts, seeds
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty((0, 2))
+
+
+def _line(pairs: np.ndarray) -> tuple[float, float]:
+    """Slope of the least-squares line of the second column on the first, and their correlation."""
+    if len(pairs) < 3:
+        return math.nan, math.nan
+    x, y = (pairs[:, :2] - pairs[:, :2].mean(axis=0)).T
+    xx, xy, yy = x @ x, x @ y, y @ y
+    if xx == 0 or yy == 0:
+        return math.nan, math.nan
+    return float(xy / xx), float(xy / math.sqrt(xx * yy))
+
+
+def _ratio(pairs: np.ndarray) -> float:
+    return float(np.exp((pairs[:, 1] - pairs[:, 0]).mean())) if len(pairs) else math.nan
+
+
+def _median_ratio(pairs: np.ndarray) -> float:
+    return float(np.exp(np.median(pairs[:, 1] - pairs[:, 0]))) if len(pairs) else math.nan
+
+
+def _partial_correlation(table: np.ndarray) -> float:
+    """Correlation of the first two columns' residuals from least squares on the others and a constant."""
+    if len(table) <= table.shape[1] + 1:
+        return math.nan
+    controls = np.concatenate([np.ones((len(table), 1)), table[:, 2:]], axis=1)
+    coefficients = np.linalg.lstsq(controls, table[:, :2], rcond=None)[0]
+    return _line(table[:, :2] - controls @ coefficients)[1]
+
+
+def _intervals(
+    key: str, statistic: Callable[[np.ndarray], float], runs: list[np.ndarray], seeds: np.ndarray
+) -> dict[str, float]:
+    """The statistic over all runs, its range over seeds, and a bootstrap over runs."""
+    if not runs:
+        return {f"{key}{end}": math.nan for end in ("", "_min", "_max", "_low", "_high")}
+    chosen = [[run for run, of in zip(runs, seeds, strict=True) if of == seed] for seed in np.unique(seeds)]
+    per_seed = [statistic(np.concatenate(part)) for part in chosen]
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(runs), size=(_RESAMPLES, len(runs)))
+    values = np.array([statistic(np.concatenate([runs[i] for i in draw])) for draw in draws])
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, (0.025, 0.975)) if values.size else (math.nan, math.nan)
+    return {
+        key: float(statistic(np.concatenate(runs))),
+        f"{key}_min": float(min(per_seed)),
+        f"{key}_max": float(max(per_seed)),
+        f"{key}_low": float(low),
+        f"{key}_high": float(high),
+    }
