@@ -69,6 +69,14 @@ def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]
     return same and all(record.provenance[key] == here[key] for key in _DECISIVE)
 
 
+def chosen(name: str, *configs: Any) -> Any:
+    """The configuration of this name; raises ValueError naming the choices if there is none."""
+    profiles = {config.name: config for config in configs}
+    if name not in profiles:
+        raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
+    return profiles[name]
+
+
 @contextlib.contextmanager
 def numerical_settings(threads: int) -> Iterator[None]:
     """Numerical settings of a run, put back at the end.

@@ -96,7 +96,7 @@ import torch
 from numpy.typing import NDArray
 
 from gradclip import problems, theory
-from gradclip.experiments._shell import html_table, recorded, run_tasks
+from gradclip.experiments._shell import chosen, html_table, recorded, run_tasks
 from gradclip.records import Record
 
 NAME = "convergence"
@@ -199,10 +199,7 @@ class Config:
             bias_steps=20_000,
             limit=2_000_000,
         )
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
 
 def run(config: Config, out: str | Path) -> Record:

@@ -101,7 +101,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from gradclip.data import text
-from gradclip.experiments._shell import recorded, run_tasks
+from gradclip.experiments._shell import chosen, recorded, run_tasks
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -228,10 +228,7 @@ class Config:
             repeats=5,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
 
 def run(config: Config, out: str | Path) -> Record:

@@ -98,7 +98,7 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments._shell import recorded, run_tasks
+from gradclip.experiments._shell import chosen, recorded, run_tasks
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -236,10 +236,7 @@ class Config:
             hessian_every=80,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
     @property
     def cells(self) -> list[tuple[float, float]]:

@@ -103,7 +103,7 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments._shell import html_table, recorded, with_range
+from gradclip.experiments._shell import chosen, html_table, recorded, with_range
 from gradclip.models.lstm import LanguageModel, State
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -222,10 +222,7 @@ class Config:
             probe_every=5,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
 
 def run(config: Config, out: str | Path) -> Record:

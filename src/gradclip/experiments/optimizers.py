@@ -82,7 +82,7 @@ from torch import Tensor
 
 from gradclip.data import text
 from gradclip.experiments import language_model as lm
-from gradclip.experiments._shell import html_table, recorded, with_range
+from gradclip.experiments._shell import chosen, html_table, recorded, with_range
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD, MixedClippedSGD, ParameterAgnosticLR, PolyakClippedSGD
@@ -275,10 +275,7 @@ class Config:
             steps=2000,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
 
 def run(config: Config, out: str | Path) -> Record:

@@ -73,7 +73,7 @@ from scipy.optimize import brentq, minimize_scalar
 from tqdm import tqdm
 
 from gradclip import theory, tightness
-from gradclip.experiments._shell import recorded
+from gradclip.experiments._shell import chosen, recorded
 from gradclip.records import Record
 from gradclip.tightness import WorstCurve
 
@@ -144,10 +144,7 @@ class Config:
             spacing=0.05,
         )
         paper = dataclasses.replace(cpu, name="paper", density=24, pieces=256, spacing=0.025)
-        profiles = {config.name: config for config in (smoke, cpu, paper)}
-        if name not in profiles:
-            raise ValueError(f"profile must be one of {tuple(profiles)}, got {name!r}")
-        return profiles[name]
+        return chosen(name, smoke, cpu, paper)
 
 
 def run(config: Config, out: str | Path) -> Record:
