@@ -11,7 +11,7 @@ import typer
 from gradclip import experiments, records
 from gradclip.data import DataError, fetch
 
-PROFILES = ("smoke", "cpu", "paper")
+PROFILES = ("smoke", "cpu", "short", "paper")
 
 app = typer.Typer(
     help="Run the experiments of the book.",
@@ -46,7 +46,10 @@ def run(
     if profile not in PROFILES:
         raise typer.BadParameter(f"no profile {profile!r}; choose from: {', '.join(PROFILES)}")
     module = _module(name)
-    config = module.Config.profile(profile)
+    try:
+        config = module.Config.profile(profile)
+    except ValueError as error:  # not every experiment has data for a short run at the paper's setting
+        raise typer.BadParameter(str(error)) from None
     if device is not None:
         if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
             here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
