@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from gradclip import experiments, records
+from gradclip import experiments, parallel, records
 from gradclip.data import DataError, fetch
 
 PROFILES = ("smoke", "cpu", "short", "paper")
@@ -39,7 +39,8 @@ def run(
 ) -> None:
     """Run an experiment and save its record.
 
-    A run that was stopped goes on where it was; one that is finished and current is not run again.
+    A run that was stopped goes on where it was; one that is finished and current is not run again. Behind
+    `torchrun --nproc-per-node N -m`, several processes share every batch.
     """
     if name not in experiments.names():
         raise typer.BadParameter(f"no experiment {name!r}; choose from: {', '.join(experiments.names())}")
@@ -55,12 +56,20 @@ def run(
             here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
             raise typer.BadParameter(f"no device {device!r}; choose from: {here}")
         config = dataclasses.replace(config, device=device)
+    if parallel.requested() > 1 and not getattr(module, "PARALLEL", False):
+        raise typer.BadParameter(
+            f"{name} cannot share its work among {parallel.requested()} processes; run it without torchrun"
+        )
+    first = parallel.requested_rank() == 0
     try:
-        record = module.run(config, out)
-    except DataError as error:
-        typer.echo(f"Error: {error}", err=True)
+        with parallel.joined(config.device):
+            record = module.run(config, out)
+    except (DataError, parallel.ParallelError) as error:
+        if first:
+            typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(records.folder(out, record.experiment, record.profile, record.provenance["device"]))
+    if first:
+        typer.echo(records.folder(out, record.experiment, record.profile, record.provenance["device"]))
 
 
 @app.command("fetch")

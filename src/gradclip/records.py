@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradclip import parallel
+
 FORMAT = 1
 _PACKAGE = Path(__file__).resolve().parent
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -186,9 +188,9 @@ def provenance(device: torch.device | str, *, data_sha256: str | None, wall_time
 
     Returns:
         A dict with the keys ``python``, ``torch``, ``numpy``, ``cuda`` (versions; ``cuda`` is None without
-        it), ``device`` (see :func:`device_slug`), ``device_name``, ``threads``, ``git_commit``, ``git_clean``
-        (both None outside a checkout), ``source_sha256``, ``data_sha256``, ``wall_time_s`` and ``finished``
-        (UTC, ISO 8601). :func:`save` adds ``series_sha256``.
+        it), ``device`` (see :func:`device_slug`), ``device_name``, ``threads``, ``processes``,
+        ``git_commit``, ``git_clean`` (both None outside a checkout), ``source_sha256``, ``data_sha256``,
+        ``wall_time_s`` and ``finished`` (UTC, ISO 8601). :func:`save` adds ``series_sha256``.
     """
     device = torch.device(device)
     commit, clean = _git()
@@ -200,6 +202,7 @@ def provenance(device: torch.device | str, *, data_sha256: str | None, wall_time
         "device": device_slug(device),
         "device_name": _device_name(device),
         "threads": torch.get_num_threads(),
+        "processes": parallel.size(),
         "git_commit": commit,
         "git_clean": clean,
         "source_sha256": source_hash(),

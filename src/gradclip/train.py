@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from gradclip import parallel
 from gradclip.records import write_atomically
 
 # What reading a file that is not a checkpoint, or not a whole one, can raise.
@@ -67,6 +68,9 @@ def train(
     one. It is written after the last step as well, and stays until the caller has stored the result.
     The states of torch's global generators are in it.
 
+    Of several processes (:mod:`gradclip.parallel`) the first reads and writes the file and shows the bar. All
+    of them ask their run for its state, which must be the same on each: the state of the whole batch.
+
     Args:
         run: The experiment, freshly made.
         steps: Number of steps in all.
@@ -91,7 +95,8 @@ def train(
     path = Path(checkpoint)
     rows: list[Mapping[str, float]] = []
     seconds = 0.0
-    saved = _read(path, dict(identity), steps)
+    first = parallel.rank() == 0
+    saved = parallel.from_first(_read(path, dict(identity), steps) if first else None)
     if saved is not None:
         rows, seconds = saved["rows"], saved["seconds"]
         run.load_state_dict(saved["state"])
@@ -108,6 +113,8 @@ def train(
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
+        if not first:
+            return
         buffer = io.BytesIO()
         torch.save(content, buffer)
         payload = buffer.getvalue()
@@ -117,7 +124,9 @@ def train(
     # A log file gets a line every ten seconds; a terminal gets a moving bar.
     pause = 0.2 if sys.stderr.isatty() else 10.0
     last_save = time.monotonic()
-    with tqdm(total=steps, initial=len(rows), desc=label, unit="step", mininterval=pause) as bar:
+    with tqdm(
+        total=steps, initial=len(rows), desc=label, unit="step", mininterval=pause, disable=not first
+    ) as bar:
         for iteration in range(len(rows), steps):
             start = time.monotonic()
             row = dict(run.step(iteration))
@@ -126,7 +135,8 @@ def train(
             if "loss" in row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             bar.update()
-            if time.monotonic() - last_save >= interval or iteration == steps - 1:
+            due = time.monotonic() - last_save >= interval or iteration == steps - 1
+            if parallel.from_first(due):  # by one clock, because all must save at the same step
                 save()
                 last_save = time.monotonic()
     return Result({name: [row[name] for row in rows] for name in rows[0]}, seconds)

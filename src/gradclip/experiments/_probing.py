@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradclip import parallel
 from gradclip.experiments._tasks import Task, losses
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -102,6 +103,7 @@ class Probed:
         self.extra, self.extra_columns = extra, extra_columns
         self.model = task.model(seed)
         self.params = list(self.model.parameters())
+        parallel.average_gradients(self.params)
         self.optimizer = optimizer(self.params)
         self.state = task.start()
         self.diverged = False
@@ -192,11 +194,14 @@ class Probed:
         return list(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes from step to step."""
+        """Everything that changes from step to step, for the whole batch whatever the number of processes."""
+        carried = self.state
+        if carried is not None:
+            carried = [(parallel.whole(h, 1), parallel.whole(c, 1)) for h, c in carried]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "carried": self.state,
+            "carried": carried,
             "diverged": self.diverged,
         }
 
@@ -206,7 +211,9 @@ class Probed:
         self.optimizer.load_state_dict(state["optimizer"])
         device = self.params[0].device
         carried = state["carried"]
-        self.state = None if carried is None else [(h.to(device), c.to(device)) for h, c in carried]
+        if carried is not None:
+            carried = [(parallel.own(h, 1).to(device), parallel.own(c, 1).to(device)) for h, c in carried]
+        self.state = carried
         self.diverged = state["diverged"]
 
 

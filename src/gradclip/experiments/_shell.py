@@ -10,14 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradclip import records
+from gradclip import parallel, records
 from gradclip.records import Record
 from gradclip.train import train
 
 Measured = tuple[Mapping[str, np.ndarray], Mapping[str, Any], float]
 
 # Parts of the provenance that decide the numbers, so that a record or a checkpoint with others is not reused.
-_DECISIVE = ("python", "torch", "numpy", "cuda", "device_name", "threads", "source_sha256", "data_sha256")
+_DECISIVE = (
+    "python",
+    "torch",
+    "numpy",
+    "cuda",
+    "device_name",
+    "threads",
+    "processes",
+    "source_sha256",
+    "data_sha256",
+)
 
 
 def recorded(
@@ -41,23 +51,28 @@ def recorded(
 
     Returns:
         The record as read back from ``out``.
+
+    Of several processes all measure, and the first decides whether to, saves and reads.
     """
+    first = parallel.rank() == 0
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
     settings = plain | settings
     with numerical_settings(config.threads):
         here = records.provenance(config.device, data_sha256=data_sha256, wall_time=0.0)
         target = records.folder(out, name, config.name, here["device"])
         partial = target.with_name(f"{target.name}.partial")
-        if not _is_finished(target, settings, here):
+        if not parallel.from_first(_is_finished(target, settings, here) if first else None):
             # As text where nan may be inside, which is not equal to itself.
             identity = {key: value if key in plain else repr(value) for key, value in settings.items()}
             identity |= {key: here[key] for key in _DECISIVE}
             series, scalars, seconds = measure(partial, identity)
             made = records.provenance(config.device, data_sha256=data_sha256, wall_time=seconds)
             made |= {key: here[key] for key in ("source_sha256", "git_commit", "git_clean")}
-            records.save(Record(name, config.name, settings, dict(scalars), dict(series), made), out)
-        shutil.rmtree(partial, ignore_errors=True)
-    return records.load(target)
+            if first:
+                records.save(Record(name, config.name, settings, dict(scalars), dict(series), made), out)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        return parallel.from_first(records.load(target) if first else None)
 
 
 def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]) -> bool:
@@ -66,7 +81,7 @@ def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]
     except records.RecordError:
         return False
     same = repr(record.config) == repr(settings)  # as text, because of nan
-    return same and all(record.provenance[key] == here[key] for key in _DECISIVE)
+    return same and all(record.provenance.get(key) == here[key] for key in _DECISIVE)
 
 
 def chosen(name: str, *configs: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradclip import parallel
 from gradclip.data import images, text
 from gradclip.models.lstm import LanguageModel
 from gradclip.models.resnet import ResNet
@@ -63,6 +64,9 @@ class Task(Protocol):
 class Language:
     """The word-level LSTM on a text, with truncated backpropagation through time.
 
+    Of several processes (:mod:`gradclip.parallel`) each reads its share of the streams, and losses are means
+    over all.
+
     Args:
         corpus: A key of ``CORPORA``.
         embedding: Width of the embedding and of the last LSTM layer.
@@ -99,11 +103,15 @@ class Language:
     @functools.cached_property
     def segments(self) -> list[tuple[Tensor, Tensor]]:
         """The batches of training text, words and the words that follow."""
-        return text.segments(text.batchify(self.text.train.to(self.device), self.batch), self.bptt)
+        return self._segments(self.text.train)
 
     @functools.cached_property
     def _fixed(self) -> tuple[Tensor, Tensor]:
-        return text.segments(text.batchify(self.text.valid.to(self.device), self.batch), self.bptt)[0]
+        return self._segments(self.text.valid)[0]
+
+    def _segments(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        streams = text.batchify(tokens.to(self.device), self.batch)
+        return text.segments(parallel.own(streams, 1), self.bptt)
 
     def model(self, seed: int) -> LanguageModel:
         """See :class:`Task`."""
@@ -125,12 +133,13 @@ class Language:
         words, targets = self.segments[position]
         if state is None or position == 0:
             state = model.initial_state(words.shape[1])
-        return model.loss(words, targets, state)
+        value, after = model.loss(words, targets, state)
+        return parallel.mean(value), after
 
     def fixed(self, model: LanguageModel) -> Tensor:
         """The first segment of the validation text."""
         words, targets = self._fixed
-        return model.loss(words, targets, model.initial_state(words.shape[1]))[0]
+        return parallel.mean(model.loss(words, targets, model.initial_state(words.shape[1]))[0])
 
     @torch.no_grad()
     def evaluate(self, model: LanguageModel) -> dict[str, float]:

@@ -102,6 +102,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradclip import parallel
 from gradclip.data import text
 from gradclip.experiments._shell import chosen, html_table, recorded, with_range
 from gradclip.models.lstm import LanguageModel, State
@@ -112,6 +113,7 @@ from gradclip.smoothness import fit, path_smoothness
 from gradclip.train import train
 
 NAME = "language-model"
+PARALLEL = True  # under torchrun
 CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
 FRACTIONS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 LOCAL_FRACTION = 0.01
@@ -289,18 +291,21 @@ class _Training:
             generator=torch.Generator().manual_seed(seed),
         ).to(config.device)
         self.params = list(self.model.parameters())
+        parallel.average_gradients(self.params)
         self.optimizer = ClippedSGD(self.params, config.lr, max_norm=config.max_norm)
-        self.state = self.model.initial_state(config.batch)
-        streams = text.batchify(corpus.train.to(config.device), config.batch)
+        streams = parallel.own(text.batchify(corpus.train.to(config.device), config.batch), 1)
+        self.streams = streams.shape[1]
+        self.state = self.model.initial_state(self.streams)
         self.segments = text.segments(streams, config.bptt)
         self.valid = corpus.valid.to(config.device)
 
     def step(self, iteration: int) -> dict[str, float]:
         position = iteration % len(self.segments)
         if position == 0:
-            self.state = self.model.initial_state(self.config.batch)
+            self.state = self.model.initial_state(self.streams)
         words, targets = self.segments[position]
         loss, after = self.model.loss(words, targets, self.state)
+        loss = parallel.mean(loss)
         self.optimizer.zero_grad()
         loss.backward()
         before = _copies(self.params)
@@ -337,7 +342,7 @@ class _Training:
         )
         last = position + 1 == len(self.segments)
         next_words, next_targets = self.segments[0 if last else position + 1]
-        next_state = self.model.initial_state(self.config.batch) if last else after
+        next_state = self.model.initial_state(self.streams) if last else after
         # With the gradient of this batch as the start, the two ends of the difference see different batches.
         other = path_smoothness(
             lambda: self.model.loss(next_words, next_targets, next_state)[0],
@@ -369,13 +374,15 @@ class _Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "hidden": self.state,
+            "hidden": [(parallel.whole(h, 1), parallel.whole(c, 1)) for h, c in self.state],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.state = [(h.to(self.config.device), c.to(self.config.device)) for h, c in state["hidden"]]
+        self.state = [
+            tuple(parallel.own(part, 1).to(self.config.device) for part in pair) for pair in state["hidden"]
+        ]
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

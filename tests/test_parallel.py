@@ -1,0 +1,143 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gradclip import parallel, records
+from gradclip.__main__ import app
+from gradclip.experiments import language_model
+
+SCRIPT = Path(__file__).with_name("shared_loss.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(*arguments):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(*processes):
+    """Outputs and errors of processes that must succeed."""
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process with the whole batch finds, and two with a half each."""
+    one, two = (tmp_path_factory.mktemp("shared") / f"{n}.json" for n in (1, 2))
+    finish(start(SCRIPT, one), start(*TORCHRUN, SCRIPT, two))
+    return [json.loads(path.read_text()) for path in (one, two)]
+
+
+@pytest.mark.parametrize("model", ["lstm", "awd"])
+@pytest.mark.parametrize(
+    "what", ["loss", "gradient", "grad", "product", "third", "path", "directional", "hessian_norm", "after"]
+)
+def test_two_processes_measure_what_one_does(found, model, what):
+    one, two = (np.atleast_1d(result[model][what]) for result in found)
+    # The same sums over streams in two halves: less than a thousand float64 roundings of the largest element.
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e3 * 2**-53 * np.abs(one).max())
+
+
+def test_all_processes_find_the_same_bits(found):
+    assert [result["size"] for result in found] == [1, 2]
+    assert found[1]["same"]
+
+
+def test_shares_are_columns_and_fit_together_again(found):
+    assert found[1]["own"] == [[0.0, 1.0, 2.0], [6.0, 7.0, 8.0]]
+    assert found[1]["round_trip"]
+    assert found[1]["from_first"] == {"rank": 0}
+    assert found[1]["error"] == "a batch must be a multiple of the number of processes, 2, got 7"
+
+
+def test_one_process_changes_nothing(found):
+    assert found[0]["error"] is None
+    x = torch.ones(3, requires_grad=True)
+    assert parallel.mean(x) is x
+    assert parallel.own(x, 0) is x
+    assert parallel.whole(x, 0) is x
+    parallel.average_gradients([x])
+    assert not x._backward_hooks
+    assert (parallel.rank(), parallel.size(), parallel.requested()) == (0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Folders of the smoke record of two processes and of one, and what the former printed."""
+    two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
+    arguments = ("gradclip", "run", "language-model", "--profile", "smoke", "--out")
+    together, _ = finish(start(*TORCHRUN, "-m", *arguments, two), start("-m", *arguments, one))
+    return two, one, together
+
+
+def test_a_training_on_two_processes_is_that_on_one(smoke):
+    two, one, _ = smoke
+    together, alone = (records.load(out / "language-model" / "smoke-cpu") for out in (two, one))
+    assert together.series.keys() == alone.series.keys()
+    for name, column in alone.series.items():
+        # Sums in float32 differ by 1e-7, training carries the difference on for twelve steps, and `local`
+        # divides a hundredth of a gradient by its change.
+        tolerance = 1e-3 if name == "local" else 1e-4
+        np.testing.assert_allclose(together.series[name], column, rtol=tolerance, err_msg=name)
+    assert (together.provenance["processes"], alone.provenance["processes"]) == (2, 1)
+    assert together.config == alone.config
+
+
+def test_the_first_process_alone_speaks_and_writes(smoke):
+    two, _, (out, errors) = smoke
+    assert out.strip() == str(two / "language-model" / "smoke-cpu")
+    assert [path.name for path in (two / "language-model").iterdir()] == ["smoke-cpu"]
+    assert errors.count("language-model seed 0: 100%") == 1
+
+
+def test_an_experiment_that_cannot_share_its_work_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, ["run", "landscape", "--profile", "smoke", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "landscape cannot share its work among 2 processes" in result.stderr.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_does_not_divide_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    arguments = ["run", "language-model", "--profile", "smoke", "--out", str(tmp_path)]
+    monkeypatch.setattr(parallel, "from_first", lambda value: value)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    message = "Error: a batch must be a multiple of the number of processes, 3, got 4"
+    assert result.stderr.strip().splitlines()[-1] == message
+    assert language_model.Config.profile("smoke").batch == 4
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(
+            parallel.ParallelError, match="process 3 of this machine needs a GPU of its own, there"
+        ),
+        parallel.joined("cuda"),
+    ):
+        pass
