@@ -1,13 +1,19 @@
-"""Gradient norm against smoothness along the training of a language model (article S3, the paper's Figure 1).
+"""Gradient norm against smoothness along the training of a language model (S3, the paper's Figures 1 and 2).
 
-A two-layer tied LSTM is trained by SGD with learning rate η and gradients clipped at norm γ. At probed steps
-the gradient on the *same* batch, from the same hidden state, is evaluated again at points between x_k and
-x_{k+1}. With d = x_{k+1} - x_k the update, the estimate at fraction a of the step is
+LSTMs are trained by SGD with learning rate η and gradients clipped at norm γ, in several settings. At probed
+steps the gradient on the *same* batch, from the same hidden state, is evaluated again at points between x_k
+and x_{k+1}. With d = x_{k+1} - x_k the update, the estimate at fraction a of the step is
 
     L̂_a = ‖∇f(x_k + a d) - ∇f(x_k)‖ / (a ‖d‖)        [loss / parameter²]
 
 a = 1/2 is the point that the paper's released code evaluates; the paper takes the largest value over a in
 {1/6, 1/3, 1/2, 2/3, 5/6} (as recalled); a = 0.01 stands for the local curvature along the step.
+
+**Settings.** ``lr30_clip``, ``lr2`` and ``lr2_clip`` are the paper's Figure 2: learning rate 30 clipped at
+0.25, 2 without clipping, 2 clipped at 0.25, on the network of the released code, a two-layer tied LSTM.
+``awd`` is the AWD-LSTM that the paper names (:mod:`gradclip.models.awd_lstm`), at learning rate 30 clipped
+at 0.25, its Figure 1: f has dropout, whose masks are a function of seed and k alone and so the same at both
+ends of a difference, and the penalties of activations. Its weights are averaged by NT-ASGD.
 
 **Bound.** If the gradient changes by its own length on the way, L̂_a = ‖∇f(x_k)‖ / (a ‖d‖), whatever f is.
 This is the bound used here, the simple form; the strict one has ‖∇f(x_k + a d)‖ + ‖∇f(x_k)‖ above the line.
@@ -15,26 +21,46 @@ The estimate over the bound is the relative change of the gradient, called *satu
 the length ‖d‖ = η min(‖g‖, γ), the bound at the midpoint is 2/η for an unclipped step and (2/(ηγ)) ‖g‖
 for a clipped one: a line whose slope 2/(ηγ) knows nothing of the loss.
 
-**Control.** ``path_other_batch`` is the midpoint estimate with the next batch at the midpoint, so it measures
+**Control.** ``other_batch`` is the midpoint estimate with the next batch at the midpoint, so it measures
 the difference between two batches as well.
 
-Series, one row per training step; a probe is NaN where the step was not probed:
+**The released code's estimate** is :func:`.estimators.released_estimate`: at the midpoint, on the first tenth
+of a text cut into random segments that differ from one end to the other, as a sum over segments, against the
+gradient norm of their mean. Its random numbers are its own here, so that it does not change the training.
+Without dropout, also for ``awd``.
 
-====================  =====================================================================================
-column                meaning
-====================  =====================================================================================
-``seed``              seed of the initial weights; all seeds read the same batches in the same order
-``iteration``         training step k, from 0
-``loss``              loss of the batch at x_k, nats per word
-``grad_norm``         ‖∇f(x_k)‖ of the batch
-``clip_factor``       min(1, γ/‖∇f(x_k)‖)
-``update_length``     ‖d‖
-``path_1_6``, ...     L̂_a at a = 1/6, 1/3, 1/2, 2/3, 5/6; ``path_1_2`` is the midpoint
-``path_max``          the largest of these five
-``local``             L̂_a at a = 0.01
-``path_other_batch``  the control
-``bound``             ‖∇f(x_k)‖ / (‖d‖/2)
-====================  =====================================================================================
+Series, one row per training step; NaN where something was not measured:
+
+=======================  ==================================================================================
+column                   meaning
+=======================  ==================================================================================
+``setting``              see above
+``seed``                 seed of the weights and masks; all runs read the same batches in the same order
+``iteration``            training step k, from 0
+``loss``                 f(x_k) on the batch, nats per word
+``grad_norm``            ‖∇f(x_k)‖ of the batch
+``clip_factor``          min(1, γ/‖∇f(x_k)‖)
+``lr``                   η
+``update_length``        ‖d‖
+``path_1_6``, ...        L̂_a at a = 1/6, 1/3, 1/2, 2/3, 5/6; ``path_1_2`` is the midpoint
+``path_max``             the largest of these five
+``path_1``               L̂_a at a = 1
+``end_grad_norm``        ‖∇f(x_k + d)‖
+``local``                L̂_a at a = 0.01
+``other_batch``          the control
+``bound``                ‖∇f(x_k)‖ / (‖d‖/2)
+``along``                ‖∇²f(x_k) d‖ / ‖d‖, by a Hessian-vector product
+``random``               the same in a random direction
+``fixed_grad_norm``      gradient norm on a fixed batch of validation text, without dropout
+``fixed``                L̂_a on it along the same d, a = 0.01
+``hessian_norm``         ‖∇²f(x_k)‖ to 1 %, by residuals
+``released``             the released code's estimate
+``released_grad_norm``   and its gradient norm
+``released_segments``    and how many segments it summed at x_k
+``valid``                validation loss of x_{k+1}, nats per word
+``valid_average``        that of the average of the iterates, once it has begun
+``diverged``             1 once the loss has passed ten times that of guessing, where a run is given up
+=======================  ==================================================================================
 
 Scalars. A key as given is over all seeds' points together. Behind it, ``_min`` and ``_max`` are its least
 and greatest value over seeds, ``.seed0`` is its value for seed 0, and ``_low`` and ``_high`` are the ends of
@@ -42,6 +68,8 @@ the 95 % block-bootstrap interval over all points (for an envelope a stability c
 ``path`` (the midpoint), ``largest`` (of the five fractions), ``local`` or ``other`` (the control). SUBSET is
 ``late`` (probed steps after the first twentieth of the steps), ``short`` (‖g‖ < 2γ), ``unclipped`` (clip
 factor 1) or ``clipped``. Where fewer than eight points remain, a statistic is NaN.
+
+Of the first setting, ``lr30_clip``:
 
 =========================================  ================================================================
 key                                        meaning
@@ -87,6 +115,29 @@ key                                        meaning
 ``data.tokens``, ``data.vocabulary``       training tokens, different words
 ``data.sha256``                            SHA-256 of the text
 =========================================  ================================================================
+
+Of each SETTING, over its probed steps. ANY is one of EST, ``along``, ``fixed`` (against the gradient norm of
+the fixed batch) or ``released`` (against its own). Correlations have ``_min``, ``_max``, ``_low``, ``_high``.
+
+=========================================  ================================================================
+key                                        meaning
+=========================================  ================================================================
+``SETTING.count_ANY``                      points
+``SETTING.pearson_ANY``                    Pearson correlation of the logarithms
+``SETTING.slope_ANY``                      slope of the logarithms
+``SETTING.late_pearson_ANY``               correlation without the first twentieth of the steps
+``SETTING.saturation_EST``                 median of L̂_a over its mechanical level
+``SETTING.contrast_ANY``                   mean over seeds of the correlation, over that of the first setting
+``SETTING.along_over_local``               median of ``along``/``local``
+``SETTING.l1_over_mechanical_EST``         least-squares L1 over 2/(ηγ); NaN without clipping
+``SETTING.clipped_share``                  share of all steps with clip factor below 1
+``SETTING.loss_final``                     mean loss of the last tenth of the steps
+``SETTING.valid``                          validation loss after the last step, mean over seeds
+``SETTING.valid_average``                  the same of the averaged iterates, where averaging began; else NaN
+``SETTING.averaged``                       share of seeds in which averaging began
+``SETTING.diverged``                       runs that were given up
+``SETTING.parameters``                     number of parameters
+=========================================  ================================================================
 """
 
 import dataclasses
@@ -94,38 +145,122 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradclip import parallel
 from gradclip.data import text
+from gradclip.experiments._probing import FRACTIONS, LOCAL, PATHS, Plan, Probed
 from gradclip.experiments._shell import chosen, html_table, recorded, with_range
-from gradclip.models.lstm import LanguageModel, State
-from gradclip.norms import total_norm
+from gradclip.experiments._tasks import Language, State, described
+from gradclip.experiments.estimators import released_estimate, segment_lengths
+from gradclip.models.awd_lstm import AWDLSTM, Masks, NonMonotoneAverage
 from gradclip.optim import ClippedSGD
 from gradclip.records import Record
-from gradclip.smoothness import fit, path_smoothness
+from gradclip.smoothness import fit
 from gradclip.train import train
 
 NAME = "language-model"
 PARALLEL = True  # under torchrun
-CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
-FRACTIONS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
-LOCAL_FRACTION = 0.01
-EVALUATION_BATCH = 10
 FEWEST = 8  # points, below which a fit says nothing
+RELEASED = ("released", "released_grad_norm", "released_segments")
 
-_PATHS = tuple(
-    f"path_{f.numerator}_{f.denominator}" for f in (Fraction(f).limit_denominator(9) for f in FRACTIONS)
-)
-_PROBES = (*_PATHS, "path_max", "local", "path_other_batch")
 # Estimator in a scalar's key, and its column.
-_ESTIMATORS = {"path": "path_1_2", "largest": "path_max", "local": "local", "other": "path_other_batch"}
+_ESTIMATORS = {"path": "path_1_2", "largest": "path_max", "local": "local", "other": "other_batch"}
+# And those that go with a gradient norm of their own or are measured rarely.
+_ALL = {
+    **{name: (column, "grad_norm") for name, column in _ESTIMATORS.items()},
+    "along": ("along", "grad_norm"),
+    "fixed": ("fixed", "fixed_grad_norm"),
+    "released": ("released", "released_grad_norm"),
+}
+
+
+@dataclass(frozen=True)
+class Regularised(Language):
+    """The AWD-LSTM on a text.
+
+    Its loss on a batch of training text has dropout and penalties, with masks that are a function of ``seed``
+    and k; on the fixed batch and in validation it has neither.
+
+    Args:
+        seed: Of the masks.
+    """
+
+    seed: int = 0
+
+    def model(self, seed: int) -> AWDLSTM:
+        """See :class:`._tasks.Task`."""
+        return AWDLSTM(
+            len(self.text.vocabulary),
+            embedding=self.embedding,
+            hidden=self.hidden,
+            layers=self.layers,
+            generator=torch.Generator().manual_seed(seed),
+        ).to(self.device)
+
+    def loss(self, model: AWDLSTM, k: int, state: State) -> tuple[Tensor, State]:
+        """See :class:`._tasks.Task`; the state is reset where the text begins anew."""
+        position = k % len(self.segments)
+        words, targets = self.segments[position]
+        if state is None or position == 0:
+            state = model.initial_state(words.shape[1])
+        value, after = model.training_loss(words, targets, state, self.masks(model, k))
+        return parallel.mean(value), after
+
+    def masks(self, model: AWDLSTM, k: int) -> Masks:
+        """The masks of batch k for this process's streams."""
+        found = self._drawn.get(k)
+        if found is None:
+            # For the whole batch, whoever has which part of it, and on the device, where that is fast.
+            generator = torch.Generator(self.device).manual_seed(1_000_003 * (self.seed + 1) + k)
+            count = self.batch // parallel.size()
+            found = model.masks(self.batch, generator).streams(parallel.rank() * count, count)
+            self._drawn.clear()  # one draw serves all evaluations of a probe but the next batch's
+            self._drawn[k] = found
+        return found
+
+    @functools.cached_property
+    def _drawn(self) -> dict[int, Masks]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    Args:
+        name: Its name in the series and in the scalars.
+        lr: Learning rate η.
+        max_norm: Clipping threshold γ on the gradient norm; infinite for none.
+        embedding: Width of the embedding and of the last LSTM layer.
+        hidden: Units of the other LSTM layers.
+        layers: LSTM layers.
+        batch: Streams of text side by side.
+        bptt: Words per stream and step.
+        awd: Whether the network is the AWD-LSTM, whose iterates are averaged too.
+    """
+
+    name: str
+    lr: float
+    max_norm: float
+    embedding: int
+    hidden: int
+    layers: int
+    batch: int
+    bptt: int
+    awd: bool = False
+
+    def task(self, corpus: str, device: str, seed: int) -> Language:
+        """What is trained, with the masks of a seed."""
+        sizes = {key: getattr(self, key) for key in ("embedding", "hidden", "layers", "batch", "bptt")}
+        if self.awd:
+            return Regularised(corpus, **sizes, device=device, seed=seed)
+        return Language(corpus, **sizes, device=device)
 
 
 @dataclass(frozen=True)
@@ -134,35 +269,35 @@ class Config:
 
     Args:
         name: Name of the profile.
-        corpus: A key of ``CORPORA``.
-        embedding: Width of the embedding and of the last LSTM layer.
-        hidden: Units of the other LSTM layers.
-        layers: LSTM layers.
-        batch: Streams of text side by side.
-        bptt: Words per stream and step.
-        lr: Learning rate.
-        max_norm: Clipping threshold c on the gradient norm.
-        steps: Training steps per seed.
+        corpus: A key of ``_tasks.CORPORA``.
+        settings: What is trained; the first is the one that the others are compared with.
+        steps: Training steps of a run.
         probe_every: The smoothness is measured at every so many steps.
-        seeds: Seeds of the initial weights.
+        product_every: Hessian-vector products and the fixed batch, a multiple of ``probe_every``.
+        hessian_every: The norm of the Hessian, a multiple of ``probe_every``; 0 for never.
+        released_every: The released code's estimate, a multiple of ``probe_every``; 0 for never.
+        released_tokens: Of so many training words from the first it takes a tenth; None for all.
+        valid_every: The validation loss is taken at every so many steps, and after the last one.
+        patience: n of NT-ASGD, in validations.
+        seeds: Seeds.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads during the run. They split sums, so the last bits depend on them.
 
     Raises:
-        ValueError: A seed has fewer probed steps than a fit needs.
+        ValueError: A seed has fewer probed steps than a fit needs, or settings share a name.
     """
 
     name: str
     corpus: str
-    embedding: int
-    hidden: int
-    layers: int
-    batch: int
-    bptt: int
-    lr: float
-    max_norm: float
+    settings: tuple[Setting, ...]
     steps: int
     probe_every: int
+    product_every: int
+    hessian_every: int
+    released_every: int
+    released_tokens: int | None
+    valid_every: int
+    patience: int
     seeds: tuple[int, ...]
     device: str
     threads: int = 1
@@ -174,14 +309,29 @@ class Config:
                 f"a fit needs {FEWEST} probed steps per seed, got {probed} "
                 f"from steps={self.steps} and probe_every={self.probe_every}"
             )
+        if self.released_every % self.probe_every:
+            raise ValueError(
+                f"released_every must be a multiple of probe_every={self.probe_every}, or 0, "
+                f"got {self.released_every}"
+            )
+        names = [setting.name for setting in self.settings]
+        if len(set(names)) < len(names):
+            raise ValueError(f"settings must have different names, got {names}")
+
+    @property
+    def plan(self) -> Plan:
+        """How often to measure."""
+        return Plan(self.probe_every, self.product_every, self.hessian_every)
 
     @staticmethod
     def profile(name: str) -> "Config":
         """The configuration of a profile.
 
-        ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: a small model on the reference manual.
-        ``paper`` is the model and batch of the paper's released code on the Penn Treebank, on a GPU if there
-        is one; the number of steps, how often to probe and the seeds are choices made here.
+        ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: small networks on the reference manual.
+        ``short`` has the text of the paper, the Penn Treebank, and small networks, for one CPU thread or a
+        small GPU. ``paper`` has the network and batch of the paper's released code, and the AWD-LSTM at its
+        own size, on a GPU if there is one; the number of steps, how often to measure and the seeds are
+        choices made here.
 
         Raises:
             ValueError: There is no such profile.
@@ -189,48 +339,86 @@ class Config:
         smoke = Config(
             name="smoke",
             corpus="reference-manual",
-            embedding=8,
-            hidden=12,
-            layers=2,
-            batch=4,
-            bptt=6,
-            lr=30.0,
-            max_norm=0.25,
+            settings=settings(embedding=8, hidden=12, batch=4, bptt=6),
             steps=12,
             probe_every=1,
+            product_every=6,
+            hessian_every=12,
+            released_every=6,
+            released_tokens=1200,
+            valid_every=6,
+            patience=1,
             seeds=(0, 1),
             device="cpu",
         )
         cpu = dataclasses.replace(
             smoke,
             name="cpu",
-            embedding=64,
-            hidden=128,
-            batch=20,
-            bptt=35,
+            settings=settings(embedding=48, hidden=96, batch=20, bptt=35),
             steps=200,
-            probe_every=2,
+            probe_every=5,
+            product_every=40,
+            hessian_every=0,
+            released_every=25,
+            released_tokens=30_000,
+            valid_every=50,
+            patience=1,
             seeds=(0, 1, 2),
         )
-        paper = dataclasses.replace(
+        short = dataclasses.replace(
             cpu,
-            name="paper",
+            name="short",
             corpus="penn-treebank",
-            embedding=200,
-            hidden=512,
-            batch=256,
-            bptt=70,
-            steps=2000,
-            probe_every=5,
+            settings=settings(embedding=64, hidden=128, batch=20, bptt=35),
+            steps=400,
+            probe_every=10,
+            product_every=80,
+            hessian_every=200,
+            released_every=50,
+            valid_every=200,
+            patience=1,
+        )
+        paper = dataclasses.replace(
+            short,
+            name="paper",
+            settings=(
+                *settings(embedding=200, hidden=512, batch=256, bptt=70)[:3],
+                Setting("awd", 30.0, 0.25, 400, 1150, 3, batch=80, bptt=70, awd=True),
+            ),
+            steps=1500,
+            product_every=50,
+            hessian_every=300,
+            released_tokens=None,
+            valid_every=150,
+            patience=5,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        return chosen(name, smoke, cpu, paper)
+        return chosen(name, smoke, cpu, short, paper)
+
+
+def settings(*, embedding: int, hidden: int, batch: int, bptt: int) -> tuple[Setting, ...]:
+    """The settings of the paper's Figure 2 on a two-layer LSTM, and an AWD-LSTM of the same width.
+
+    Args:
+        embedding: Width of the embedding and of the last LSTM layer.
+        hidden: Units of the other LSTM layers.
+        batch: Streams of text side by side.
+        bptt: Words per stream and step.
+    """
+    sizes = {"embedding": embedding, "hidden": hidden, "batch": batch, "bptt": bptt}
+    return (
+        Setting("lr30_clip", 30.0, 0.25, **sizes, layers=2),
+        Setting("lr2", 2.0, math.inf, **sizes, layers=2),
+        Setting("lr2_clip", 2.0, 0.25, **sizes, layers=2),
+        Setting("awd", 30.0, 0.25, **sizes, layers=3, awd=True),
+    )
 
 
 def run(config: Config, out: str | Path) -> Record:
     """Train, measure and save the record; go on where an earlier call was stopped.
 
     A finished record of the same configuration, source, data, device and versions is returned as it is.
+    Under ``torchrun`` the processes share every batch.
 
     Args:
         config: What to run.
@@ -241,36 +429,54 @@ def run(config: Config, out: str | Path) -> Record:
 
     Raises:
         DataError: The corpus is missing or damaged.
+        ParallelError: A batch cannot be divided among the processes.
     """
-    corpus = CORPORA[config.corpus]()
-    return recorded(NAME, config, out, functools.partial(_measure, config, corpus), corpus.sha256)
+    tasks = [setting.task(config.corpus, config.device, 0) for setting in config.settings]
+    return recorded(
+        NAME,
+        config,
+        out,
+        functools.partial(_measure, config, tasks[0].text),
+        tasks[0].sha256,
+        settings=[
+            dataclasses.asdict(setting) | described(task)
+            for setting, task in zip(config.settings, tasks, strict=True)
+        ],
+    )
 
 
 def _measure(
     config: Config, corpus: text.Corpus, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
-    columns: dict[str, list[float]] = {"seed": []}
-    valid, seconds = [], 0.0
-    for seed in config.seeds:
-        training = _Training(config, corpus, seed)
-        result = train(
-            training,
-            config.steps,
-            checkpoint=partial / f"seed-{seed}.pt",
-            identity={**identity, "seed": seed},
-            label=f"{NAME} seed {seed}",
-        )
-        columns["seed"] += [seed] * config.steps
-        for name, values in result.series.items():
-            columns.setdefault(name, []).extend(values)
-        valid.append(training.validation_loss())
-        seconds += result.seconds
+    columns: dict[str, list[float | str]] = {"setting": [], "seed": []}
+    sizes, seconds = {}, 0.0
+    for setting in config.settings:
+        for seed in config.seeds:
+            training = _Training(config, setting, seed)
+            result = train(
+                training,
+                config.steps,
+                checkpoint=partial / f"{setting.name}-seed-{seed}.pt",
+                identity={**identity, "setting": setting.name, "seed": seed},
+                label=f"{NAME} seed {seed} {setting.name}",
+            )
+            columns["setting"] += [setting.name] * config.steps
+            columns["seed"] += [seed] * config.steps
+            for name, values in result.series.items():
+                columns.setdefault(name, []).extend(values)
+            seconds += result.seconds
+        sizes[setting.name] = sum(p.numel() for p in training.probed.params)
     series = {name: np.asarray(values) for name, values in columns.items()}
+    first = config.settings[0]
+    rows = of_setting(series, first.name)
+    valid = rows["valid"][rows["iteration"] == config.steps - 1]
     scalars = {
-        **summarise(series, lr=config.lr, max_norm=config.max_norm),
+        **summarise(rows, lr=first.lr, max_norm=first.max_norm),
+        **compare(series, config.settings),
         **_spread("valid.loss", float(np.mean(valid)), config.seeds, valid),
         "valid.loss_unigram": text.unigram_loss(corpus),
-        "model.parameters": sum(p.numel() for p in training.params),
+        "model.parameters": sizes[first.name],
+        **{f"{name}.parameters": size for name, size in sizes.items()},
         "data.tokens": len(corpus.train),
         "data.vocabulary": len(corpus.vocabulary),
         "data.sha256": corpus.sha256,
@@ -279,127 +485,73 @@ def _measure(
 
 
 class _Training:
-    """One seed's training, as :func:`gradclip.train.train` wants it."""
+    """One run, as :func:`gradclip.train.train` wants it: measured training, validation, averaging."""
 
-    def __init__(self, config: Config, corpus: text.Corpus, seed: int) -> None:
-        self.config = config
-        self.model = LanguageModel(
-            len(corpus.vocabulary),
-            embedding=config.embedding,
-            hidden=config.hidden,
-            layers=config.layers,
-            generator=torch.Generator().manual_seed(seed),
-        ).to(config.device)
-        self.params = list(self.model.parameters())
-        parallel.average_gradients(self.params)
-        self.optimizer = ClippedSGD(self.params, config.lr, max_norm=config.max_norm)
-        streams = parallel.own(text.batchify(corpus.train.to(config.device), config.batch), 1)
-        self.streams = streams.shape[1]
-        self.state = self.model.initial_state(self.streams)
-        self.segments = text.segments(streams, config.bptt)
-        self.valid = corpus.valid.to(config.device)
+    def __init__(self, config: Config, setting: Setting, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.task = setting.task(config.corpus, config.device, seed)
+        self.probed = Probed(
+            self.task,
+            seed,
+            lambda params: ClippedSGD(params, setting.lr, max_norm=setting.max_norm),
+            config.plan,
+            extra=self._released,
+            extra_columns=RELEASED,
+        )
+        tokens = self.task.text.train[: config.released_tokens].to(config.device)
+        self.streams = parallel.own(text.batchify(tokens, setting.batch), 1)
+        self.average = (
+            NonMonotoneAverage(self.probed.model, patience=config.patience) if setting.awd else None
+        )
 
     def step(self, iteration: int) -> dict[str, float]:
-        position = iteration % len(self.segments)
-        if position == 0:
-            self.state = self.model.initial_state(self.streams)
-        words, targets = self.segments[position]
-        loss, after = self.model.loss(words, targets, self.state)
-        loss = parallel.mean(loss)
-        self.optimizer.zero_grad()
-        loss.backward()
-        before = _copies(self.params)
-        gradient = [p.grad for p in self.params]
-        self.optimizer.step()
-        update = [p.detach() - x for p, x in zip(self.params, before, strict=True)]
-        row = {
-            "iteration": iteration,
-            "loss": loss.item(),
-            "grad_norm": self.optimizer.last_norm.item(),
-            "clip_factor": self.optimizer.last_factor.item(),
-            "update_length": total_norm(update).item(),
-            **dict.fromkeys((*_PROBES, "bound"), math.nan),
-        }
-        if iteration % self.config.probe_every == 0:
-            ahead = _copies(self.params)
-            _assign(self.params, before)
-            row |= self._probe(position, after, gradient, update)
-            _assign(self.params, ahead)
-        self.state = after
+        row = self.probed.step(iteration) | {"valid": math.nan, "valid_average": math.nan}
+        model, steps = self.probed.model, iteration + 1
+        if self.average is not None:
+            self.average.after_step(model)
+        if (steps % self.config.valid_every == 0 or steps == self.config.steps) and not row["diverged"]:
+            row["valid"] = self.task.evaluate(model)["valid"]
+            if (
+                self.average is not None
+                and self.average.after_validation(row["valid"])
+                and self.average.steps
+            ):
+                with self.average.applied(model):
+                    row["valid_average"] = self.task.evaluate(model)["valid"]
         return row
 
-    def _probe(
-        self, position: int, after: State, gradient: list[Tensor], update: list[Tensor]
-    ) -> dict[str, float]:
-        """Measure at x_k, where the parameters are; ``after`` is the hidden state behind the batch."""
-        words, targets = self.segments[position]
-        same = path_smoothness(
-            lambda: self.model.loss(words, targets, self.state)[0],
-            self.params,
-            update,
-            fractions=(*FRACTIONS, LOCAL_FRACTION),
-            grad=gradient,
-        )
-        last = position + 1 == len(self.segments)
-        next_words, next_targets = self.segments[0 if last else position + 1]
-        next_state = self.model.initial_state(self.streams) if last else after
-        # With the gradient of this batch as the start, the two ends of the difference see different batches.
-        other = path_smoothness(
-            lambda: self.model.loss(next_words, next_targets, next_state)[0],
-            self.params,
-            update,
-            fractions=(1 / 2,),
-            grad=gradient,
-        )
-        *path, local = same.values
-        return {
-            **dict(zip(_PATHS, path, strict=True)),
-            "path_max": max(path),
-            "local": local,
-            "path_other_batch": other.value,
-            "bound": same.grad_norm / (same.step_norm / 2),
-        }
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """Mean loss over the validation text, hidden state carried from segment to segment."""
-        state = self.model.initial_state(EVALUATION_BATCH)
-        losses = []
-        for words, targets in text.segments(text.batchify(self.valid, EVALUATION_BATCH), self.config.bptt):
-            loss, state = self.model.loss(words, targets, state)
-            losses.append(loss.item())
-        return float(np.mean(losses))
+    def _released(self, model: nn.Module, k: int, update: list[Tensor]) -> dict[str, float]:
+        every = self.config.released_every
+        if not every or k % every:
+            return {}
+        # A stream of its own: in the released code it is the trainer's, which measuring then changes.
+        own = np.random.RandomState((1_000_003 * (self.seed + 1) + k) % 2**32)
+        tenth = len(self.streams) // 10
+        ends = tuple(segment_lengths(own, tenth, self.task.bptt) for _ in range(2))
+        value, norm = released_estimate(model, self.streams, update, ends)
+        return {"released": value, "released_grad_norm": norm, "released_segments": len(ends[0])}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "hidden": [(parallel.whole(h, 1), parallel.whole(c, 1)) for h, c in self.state],
-        }
+        average = None if self.average is None else self.average.state_dict()
+        return {"probed": self.probed.state_dict(), "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.state = [
-            tuple(parallel.own(part, 1).to(self.config.device) for part in pair) for pair in state["hidden"]
-        ]
+        self.probed.load_state_dict(state["probed"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().clone() for t in tensors]
-
-
-@torch.no_grad()
-def _assign(params: list[Tensor], values: list[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
+def of_setting(series: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The rows of one setting."""
+    rows = series["setting"] == name
+    return {key: column[rows] for key, column in series.items()}
 
 
 def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -> dict[str, float | int]:
     """The scalars that follow from the series; the module's docstring lists them.
 
     Args:
-        series: The columns of a record.
+        series: The columns of a record, the rows of one setting.
         lr: Learning rate.
         max_norm: Clipping threshold.
 
@@ -419,11 +571,10 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
         "clipped": probed & (clip_factor < 1.0),
     }
     mechanical = 2 / (lr * max_norm)
-    largest_at = np.asarray(FRACTIONS)[np.stack([series[name] for name in _PATHS]).argmax(axis=0)]
-    fractions = {"path": 1 / 2, "largest": largest_at, "local": LOCAL_FRACTION, "other": 1 / 2}
+    largest_at = _fraction(series, "largest")
     # bound = ‖g‖/(‖d‖/2), so ‖g‖/(a ‖d‖) = bound/(2a).
     saturation = {
-        name: series[column] / (series["bound"] / (2 * fractions[name]))
+        name: series[column] / (series["bound"] / (2 * _fraction(series, name)))
         for name, column in _ESTIMATORS.items()
     }
     first, last = loss[iteration == 0], loss[iteration >= steps - max(1, steps // 10)].reshape(len(seeds), -1)
@@ -472,6 +623,82 @@ def summarise(series: Mapping[str, np.ndarray], *, lr: float, max_norm: float) -
         long = f"probe.l1_ols_over_mechanical_path{suffix}"
         scalars[f"probe.l1_ols_over_mechanical{suffix}"] = scalars[long]
     return scalars
+
+
+def compare(series: Mapping[str, np.ndarray], settings: Sequence[Setting]) -> dict[str, float | int]:
+    """The scalars of each setting; the module's docstring lists them.
+
+    Args:
+        series: The columns of a record.
+        settings: Of its configuration; contrasts are with the first.
+
+    Returns:
+        Key to number.
+    """
+    scalars: dict[str, float | int] = {}
+    means: dict[str, list[float]] = {}
+    for setting in settings:
+        rows, prefix = of_setting(series, setting.name), setting.name
+        seeds, steps = np.unique(rows["seed"]), int(rows["iteration"].max()) + 1
+        for name, (column, against) in _ALL.items():
+            there = ~np.isnan(rows[column])
+            parts = [there & (rows["seed"] == seed) for seed in seeds]
+            per_seed = [_logarithms(rows[against][part], rows[column][part]) for part in parts]
+            pooled = _logarithms(rows[against][there], rows[column][there])
+            late = there & (rows["iteration"] >= steps // 20)
+            means.setdefault(name, []).append(float(np.mean([pearson for pearson, _ in per_seed])))
+            scalars[f"{prefix}.count_{name}"] = int(there.sum())
+            for i, key in enumerate(("pearson", "slope")):
+                values = [one[i] for one in per_seed]
+                scalars[f"{prefix}.{key}_{name}"] = pooled[i]
+                scalars[f"{prefix}.{key}_{name}_min"] = float(np.min(values))
+                scalars[f"{prefix}.{key}_{name}_max"] = float(np.max(values))
+            if there.sum() >= FEWEST:
+                interval = fit(rows[against][there], rows[column][there], method="ols").interval()
+                low, high = interval.log_correlation
+            else:
+                low = high = math.nan
+            scalars[f"{prefix}.pearson_{name}_low"], scalars[f"{prefix}.pearson_{name}_high"] = low, high
+            scalars[f"{prefix}.late_pearson_{name}"] = _logarithms(rows[against][late], rows[column][late])[0]
+            scalars[f"{prefix}.contrast_{name}"] = means[name][-1] / means[name][0]
+        for name in _ESTIMATORS:
+            there = ~np.isnan(rows["bound"])
+            level = rows["bound"][there] / (2 * _fraction(rows, name)[there])
+            estimate = rows[_ESTIMATORS[name]][there]
+            scalars[f"{prefix}.saturation_{name}"] = float(np.median(estimate / level))
+            line = fit(rows["grad_norm"][there], estimate, method="ols")
+            scalars[f"{prefix}.l1_over_mechanical_{name}"] = (
+                line.L1 * setting.lr * setting.max_norm / 2 if setting.max_norm < math.inf else math.nan
+            )
+        scalars[f"{prefix}.along_over_local"] = float(np.nanmedian(rows["along"] / rows["local"]))
+        ends = rows["iteration"] == steps - 1
+        last = rows["iteration"] >= steps - max(1, steps // 10)
+        average = rows["valid_average"][ends]
+        begun = average[~np.isnan(average)]
+        scalars |= {
+            f"{prefix}.clipped_share": float((rows["clip_factor"] < 1).mean()),
+            f"{prefix}.loss_final": float(rows["loss"][last].mean()),
+            f"{prefix}.valid": float(rows["valid"][ends].mean()),
+            f"{prefix}.valid_average": float(begun.mean()) if len(begun) else math.nan,
+            f"{prefix}.averaged": len(begun) / len(average),
+            f"{prefix}.diverged": int(rows["diverged"][ends].sum()),
+        }
+    return scalars
+
+
+def _fraction(series: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The fraction a of the step at which each row of an estimator was taken."""
+    if name == "largest":
+        return np.asarray(FRACTIONS)[np.stack([series[path] for path in PATHS]).argmax(axis=0)]
+    return np.full(len(series["bound"]), LOCAL if name == "local" else 1 / 2)
+
+
+def _logarithms(grad_norm: np.ndarray, estimate: np.ndarray) -> tuple[float, float]:
+    """Correlation and slope of the logarithms."""
+    if len(grad_norm) < FEWEST:
+        return math.nan, math.nan
+    line = fit(grad_norm, estimate, method="ols")
+    return line.log_correlation, line.log_slope
 
 
 _SUBSET_STATISTICS = ("pearson", "slope", "saturation", "l1_ols", "l1_ols_over_mechanical")
@@ -533,8 +760,8 @@ def relative_change(series: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nd
         The fractions a in rising order, shape (6,), and the changes, shape (probed steps, 6).
     """
     probed = ~np.isnan(series["bound"])
-    fractions = np.array([LOCAL_FRACTION, *FRACTIONS])
-    estimates = np.stack([series[name][probed] for name in ("local", *_PATHS)], axis=1)
+    fractions = np.array([LOCAL, *FRACTIONS])
+    estimates = np.stack([series[name][probed] for name in ("local", *PATHS)], axis=1)
     length = (series["update_length"] / series["grad_norm"])[probed, None]
     return fractions, estimates * fractions * length
 
