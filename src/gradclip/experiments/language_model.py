@@ -357,7 +357,7 @@ class Config:
             settings=settings(embedding=48, hidden=96, batch=20, bptt=35),
             steps=200,
             probe_every=5,
-            product_every=40,
+            product_every=70,
             hessian_every=0,
             released_every=25,
             released_tokens=30_000,
