@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gradclip import parallel
+from gradclip.data import text
 from gradclip.experiments import language_model
 from gradclip.experiments._shell import numerical_settings
 
@@ -54,7 +55,7 @@ def main(folder):
 
         # The state of a run is that of the whole batch: one process reads what two have written.
         with numerical_settings(1):
-            training = language_model._Training(CONFIG, CONFIG.settings[0], 0)
+            training = language_model._Training(CONFIG, text.reference_manual(), CONFIG.settings[0], 0)
             for k in range(3):
                 training.step(k)
         state = training.state_dict()

@@ -22,6 +22,7 @@ from gradclip.experiments.language_model import (
 from gradclip.models.lstm import LanguageModel
 
 SMOKE = Config.profile("smoke")
+CORPUS = text.reference_manual()
 FIRST, *OTHERS = SMOKE.settings
 AWD = OTHERS[-1]
 # A plain setting and one with masks and averaging, for what has to run again and again.
@@ -530,7 +531,7 @@ def test_masks_belong_to_the_seed_and_the_batch():
 
 def test_the_released_estimate_is_taken_with_the_segments_of_its_own_stream():
     # Independent: gradients of the summed loss by hand, at x_k and half a step on.
-    training = language_model._Training(SMOKE, FIRST, 1)
+    training = language_model._Training(SMOKE, CORPUS, FIRST, 1)
     model, params = training.probed.model, training.probed.params
     generator = torch.Generator().manual_seed(0)
     update = [0.01 * torch.randn(p.shape, generator=generator) for p in params]
@@ -568,7 +569,7 @@ def test_the_released_estimate_is_taken_with_the_segments_of_its_own_stream():
 def test_the_iterates_of_the_awd_lstm_are_averaged():
     # After a loss of -1 any is too large: averaging starts with the first validation.
     config = dataclasses.replace(SMOKE, valid_every=2, released_every=0, product_every=0, hessian_every=0)
-    training = language_model._Training(config, AWD, 0)
+    training = language_model._Training(config, CORPUS, AWD, 0)
     training.average.losses = [-1.0, 9.0]
     iterates = []
     for k in range(6):
@@ -587,7 +588,7 @@ def test_the_iterates_of_the_awd_lstm_are_averaged():
 
 
 def test_a_run_that_is_given_up_leaves_a_record_that_can_be_summarised(monkeypatch):
-    training = language_model._Training(SMOKE, FIRST, 0)
+    training = language_model._Training(SMOKE, CORPUS, FIRST, 0)
     training.probed.diverged = True
     row = training.step(5)
     assert row["diverged"] == 1.0

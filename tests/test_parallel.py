@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from gradclip import parallel, records
 from gradclip.__main__ import app
+from gradclip.data import text
 from gradclip.experiments import language_model
 
 SCRIPT = Path(__file__).with_name("shared_loss.py")
@@ -128,9 +129,9 @@ def test_a_stopped_training_goes_on_to_the_same_bits_on_two_processes(tmp_path):
     assert set(result["streams"]) == {4}
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     smoke = language_model.Config.profile("smoke")
-    alone = language_model._Training(smoke, smoke.settings[0], 0)
+    alone = language_model._Training(smoke, text.reference_manual(), smoke.settings[0], 0)
     expected = [alone.step(k) for k in range(4)][3]
-    resumed = language_model._Training(smoke, smoke.settings[0], 0)
+    resumed = language_model._Training(smoke, text.reference_manual(), smoke.settings[0], 0)
     resumed.load_state_dict(state)
     # As above.
     for name in ("loss", "grad_norm", "path_max"):

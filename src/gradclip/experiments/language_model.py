@@ -432,12 +432,13 @@ def run(config: Config, out: str | Path) -> Record:
         ParallelError: A batch cannot be divided among the processes.
     """
     tasks = [setting.task(config.corpus, config.device, 0) for setting in config.settings]
+    corpus = tasks[0].text
     return recorded(
         NAME,
         config,
         out,
-        functools.partial(_measure, config, tasks[0].text),
-        tasks[0].sha256,
+        functools.partial(_measure, config, corpus),
+        corpus.sha256,
         settings=[
             dataclasses.asdict(setting) | described(task)
             for setting, task in zip(config.settings, tasks, strict=True)
@@ -452,7 +453,7 @@ def _measure(
     sizes, seconds = {}, 0.0
     for setting in config.settings:
         for seed in config.seeds:
-            training = _Training(config, setting, seed)
+            training = _Training(config, corpus, setting, seed)
             result = train(
                 training,
                 config.steps,
@@ -487,9 +488,10 @@ def _measure(
 class _Training:
     """One run, as :func:`gradclip.train.train` wants it: measured training, validation, averaging."""
 
-    def __init__(self, config: Config, setting: Setting, seed: int) -> None:
+    def __init__(self, config: Config, corpus: text.Corpus, setting: Setting, seed: int) -> None:
         self.config, self.seed = config, seed
         self.task = setting.task(config.corpus, config.device, seed)
+        vars(self.task)["text"] = corpus  # its cached property: read once, not once a run
         self.probed = Probed(
             self.task,
             seed,
