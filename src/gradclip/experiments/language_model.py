@@ -194,7 +194,7 @@ class Regularised(Language):
     seed: int = 0
 
     def model(self, seed: int) -> AWDLSTM:
-        """See :class:`._tasks.Task`."""
+        """As for every task."""
         return AWDLSTM(
             len(self.text.vocabulary),
             embedding=self.embedding,
@@ -204,7 +204,7 @@ class Regularised(Language):
         ).to(self.device)
 
     def loss(self, model: AWDLSTM, k: int, state: State) -> tuple[Tensor, State]:
-        """See :class:`._tasks.Task`; the state is reset where the text begins anew."""
+        """As for every task; the state is reset where the text begins anew."""
         position = k % len(self.segments)
         words, targets = self.segments[position]
         if state is None or position == 0:

@@ -50,9 +50,9 @@ class AWDLSTM(LanguageModel):
         loss = cross entropy(E y + b) + α mean(y²) + β mean((h_t - h_{t-1})²)
 
     α is called AR and β TAR. A locked mask is the same at all times. Masks are arguments: the same masks give
-    the same objective, as often as it is evaluated, and :meth:`loss` is the objective without any.
+    the same objective, as often as it is evaluated, and ``loss`` is the objective without any.
 
-    Second derivatives: cuDNN's LSTM has none. :mod:`gradclip.smoothness` runs recurrent layers without cuDNN
+    Second derivatives: cuDNN's LSTM has none. ``gradclip.smoothness`` runs recurrent layers without cuDNN
     and oneDNN where it needs them; elsewhere, do the same by ``torch.backends.cudnn.flags(enabled=False)``.
     The recurrent weights are new tensors at every call, which cuDNN copies into one piece first.
 
