@@ -113,9 +113,11 @@ class Language:
         streams = text.batchify(tokens.to(self.device), self.batch)
         return text.segments(parallel.own(streams, 1), self.bptt)
 
+    _network = LanguageModel
+
     def model(self, seed: int) -> LanguageModel:
         """See :class:`Task`."""
-        return LanguageModel(
+        return self._network(
             len(self.text.vocabulary),
             embedding=self.embedding,
             hidden=self.hidden,
@@ -133,8 +135,13 @@ class Language:
         words, targets = self.segments[position]
         if state is None or position == 0:
             state = model.initial_state(words.shape[1])
-        value, after = model.loss(words, targets, state)
+        value, after = self._value(model, k, words, targets, state)
         return parallel.mean(value), after
+
+    def _value(
+        self, model: LanguageModel, k: int, words: Tensor, targets: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        return model.loss(words, targets, state)
 
     def fixed(self, model: LanguageModel) -> Tensor:
         """The first segment of the validation text."""

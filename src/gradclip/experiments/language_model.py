@@ -193,24 +193,12 @@ class Regularised(Language):
 
     seed: int = 0
 
-    def model(self, seed: int) -> AWDLSTM:
-        """As for every task."""
-        return AWDLSTM(
-            len(self.text.vocabulary),
-            embedding=self.embedding,
-            hidden=self.hidden,
-            layers=self.layers,
-            generator=torch.Generator().manual_seed(seed),
-        ).to(self.device)
+    _network = AWDLSTM
 
-    def loss(self, model: AWDLSTM, k: int, state: State) -> tuple[Tensor, State]:
-        """As for every task; the state is reset where the text begins anew."""
-        position = k % len(self.segments)
-        words, targets = self.segments[position]
-        if state is None or position == 0:
-            state = model.initial_state(words.shape[1])
-        value, after = model.training_loss(words, targets, state, self.masks(model, k))
-        return parallel.mean(value), after
+    def _value(
+        self, model: AWDLSTM, k: int, words: Tensor, targets: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        return model.training_loss(words, targets, state, self.masks(model, k))
 
     def masks(self, model: AWDLSTM, k: int) -> Masks:
         """The masks of batch k for this process's streams."""
