@@ -46,7 +46,7 @@ def recorded(
     Returns:
         The record as read back from ``out``.
     """
-    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+    plain = _lists(dataclasses.asdict(config))
     settings = plain | settings
     with numerical_settings(config.threads):
         here = records.provenance(config.device, data_sha256=data_sha256, wall_time=0.0)
@@ -62,6 +62,13 @@ def recorded(
             records.save(Record(name, config.name, settings, dict(scalars), dict(series), made), out)
         shutil.rmtree(partial, ignore_errors=True)
     return records.load(target)
+
+
+def _lists(value: Any) -> Any:
+    """The value as a record gives it back: with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]) -> bool:
