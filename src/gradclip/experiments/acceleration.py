@@ -90,7 +90,14 @@ key                                meaning
 ``TASK.A_vs_B.width_B``            the same of B
 ``TASK.A_vs_B.width``              difference of the two
 ``TASK.A_vs_B.width_cut``          sweeps of either method in which that range meets an end of the axis
+``TASK.A_vs_B.width_common_A``     the four again, within ``tolerance`` of the better one's best, seed by seed
+``TASK.A_vs_B.width_common_B``     of B
+``TASK.A_vs_B.width_common``       difference of the two
+``TASK.A_vs_B.width_common_cut``   as above
 ``TASK.sgd.seconds``               median time of a step of ``sgd``, seconds
+``TASK.steps``                     steps of a run
+``TASK.level``                     the loss of ``reach``, nats
+``TASK.tolerance``                 that of ``width``, nats
 ``TASK.guess``                     loss of guessing uniformly, nats
 ``TASK.optimism``                  mean over methods of ``train`` minus ``tuned``
 ``TASK.parameters``                number of parameters
@@ -191,9 +198,9 @@ def _doubling(first: float) -> tuple[float, ...]:
 
 _NONE = (math.nan,)
 _ADAM_LRS = _doubling(0.0005)
-#: Learning rates and thresholds of each method: nine cells, whatever it has to choose.
+#: Learning rates and thresholds of each method, by data: nine cells, whatever it has to choose.
 GRIDS: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
-    "language": {
+    "reference-manual": {
         "sgd": (_doubling(0.5), _NONE),
         "momentum": (_doubling(1 / 16), _NONE),
         "hard": ((10.0, 30.0, 90.0), (0.05, 0.15, 0.5)),
@@ -205,7 +212,7 @@ GRIDS: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
         "adam-hard": ((0.02, 0.06, 0.18), (0.1, 0.3, 1.0)),
         "adamw-hard": ((0.02, 0.06, 0.18), (0.1, 0.3, 1.0)),
     },
-    "images": {
+    "digits": {
         "sgd": (_doubling(1 / 64), _NONE),
         "momentum": (_doubling(1 / 512), _NONE),
         "hard": ((0.25, 0.75, 2.25), (0.3, 1.0, 3.0)),
@@ -218,11 +225,16 @@ GRIDS: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
         "adamw-hard": ((0.01, 0.03, 0.09), (0.3, 1.0, 3.0)),
     },
 }
+GRIDS["cifar10"] = GRIDS["digits"]
+# On the larger vocabulary Adam is best at a learning rate that the grid above begins far beyond.
+GRIDS["penn-treebank"] = GRIDS["reference-manual"] | dict.fromkeys(
+    ("adam-hard", "adamw-hard"), ((0.001, 0.003, 0.009), (0.1, 0.3, 1.0))
+)
 
 
-def cells(task: str, method: str) -> list[Cell]:
+def cells(data: str, method: str) -> list[Cell]:
     """Learning rate and threshold of every cell of a grid, row by row; nan where there is no threshold."""
-    return list(itertools.product(*GRIDS[task][method]))
+    return list(itertools.product(*GRIDS[data][method]))
 
 
 @dataclass(frozen=True)
@@ -240,6 +252,11 @@ class Setting:
     steps: int
     level: float
     tolerance: float
+
+    @property
+    def data(self) -> str:
+        """The key of its grids in ``GRIDS``."""
+        return self.task.corpus if isinstance(self.task, Language) else self.task.images
 
 
 @dataclass(frozen=True)
@@ -343,7 +360,7 @@ class Config:
             methods=tuple(METHODS),
             sweeps=(("hard", "sgd"),),
             blocks=10,
-            validations=2,
+            validations=5,
             probes=4,
             tuning_seeds=(0, 100),
             kept=3,
@@ -437,7 +454,7 @@ def run(config: Config, out: str | Path) -> Record:
     hashes = "".join(_task(config, task).sha256 for task in TASKS)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()
     grids = {
-        task: {name: [list(values) for values in GRIDS[task][name]] for name in config.methods}
+        task: {name: [list(v) for v in GRIDS[config.setting(task).data][name]] for name in config.methods}
         for task in TASKS
     }
     return recorded(NAME, config, out, functools.partial(_measure, config), sha256, grids=grids)
@@ -486,7 +503,7 @@ def _tuning(config: Config, runs: Sequence[Run]) -> list[Job]:
         (task, name, "tuning", i, config.tuning_seeds[0], *cell)
         for task in TASKS
         for name in config.methods
-        for i, cell in enumerate(cells(task, name))
+        for i, cell in enumerate(cells(config.setting(task).data, name))
     ]
 
 
@@ -496,7 +513,8 @@ def _confirming(config: Config, runs: Sequence[Run]) -> list[Job]:
     for task, name in itertools.product(TASKS, config.methods):
         losses = _losses(runs, task, name)["tuning"]
         for i in sorted(losses, key=losses.get)[: config.kept]:
-            jobs.append((task, name, "confirmation", i, config.tuning_seeds[1], *cells(task, name)[i]))
+            cell = cells(config.setting(task).data, name)[i]
+            jobs.append((task, name, "confirmation", i, config.tuning_seeds[1], *cell))
     return jobs
 
 
@@ -523,14 +541,15 @@ def _evaluating(config: Config, runs: Sequence[Run]) -> list[Job]:
     """The runs at the cells taken, and those of the sweeps."""
     jobs = []
     for task, best in _best(config, runs).items():
+        data = config.setting(task).data
         for name, i in best.items():
-            jobs += [(task, name, "evaluation", i, seed, *cells(task, name)[i]) for seed in config.seeds]
+            jobs += [(task, name, "evaluation", i, seed, *cells(data, name)[i]) for seed in config.seeds]
         for pair in config.sweeps:
             for name in pair:
-                max_norm = cells(task, name)[best[name]][1]
+                max_norm = cells(data, name)[best[name]][1]
                 jobs += [
                     (task, name, "sweep", i, seed, lr, max_norm)
-                    for i, lr in enumerate(GRIDS[task][pair[1]][0])
+                    for i, lr in enumerate(GRIDS[data][pair[1]][0])
                     for seed in config.seeds
                 ]
     return jobs
@@ -692,7 +711,12 @@ def summarise(
         found["optimism"] = float(
             np.mean([found[f"{n}.train"] - found[f"{n}.tuned"] for n in config.methods])
         )
-        found["guess"] = guess
+        found |= {
+            "guess": guess,
+            "steps": setting.steps,
+            "level": setting.level,
+            "tolerance": setting.tolerance,
+        }
         scalars |= {f"{task}.{key}": value for key, value in found.items()}
     return scalars
 
@@ -727,8 +751,9 @@ def _methods(series: Columns, config: Config, task: str, guess: float) -> dict[s
                     f"{name}.{key}_max": float(values.max()),
                 }
         cell = int(last["cell"][0])
-        lr, max_norm = cells(task, name)[cell]
-        lrs, norms = GRIDS[task][name]
+        data = config.setting(task).data
+        lr, max_norm = cells(data, name)[cell]
+        lrs, norms = GRIDS[data][name]
         scalars |= {
             f"{name}.lr": lr,
             f"{name}.max_norm": max_norm,
@@ -780,46 +805,51 @@ def _compared(
 def _widths(
     series: Columns, setting: Setting, pair: tuple[str, str], label: str, guess: float
 ) -> dict[str, float | int]:
-    found: dict[str, list[tuple[float, bool]]] = {}
+    losses = {}
     for name in pair:
         runs = _last(_runs(series, "sweep", name))
-        found[name] = [
-            width(runs["lr"][mine], np.minimum(runs["final"][mine], guess), setting.tolerance)
-            for mine in (runs["seed"] == seed for seed in dict.fromkeys(runs["seed"].tolist()))
-        ]
-    octaves = {name: np.array([value for value, _ in values]) for name, values in found.items()}
-    mean, low, high = paired(octaves[pair[0]] - octaves[pair[1]])
-    return {
-        f"{label}.width_A": float(octaves[pair[0]].mean()),
-        f"{label}.width_B": float(octaves[pair[1]].mean()),
-        f"{label}.width": mean,
-        f"{label}.width_low": low,
-        f"{label}.width_high": high,
-        f"{label}.width_cut": sum(cut for values in found.values() for _, cut in values),
-    }
+        lrs = np.unique(runs["lr"])
+        losses[name] = np.minimum(runs["final"], guess).reshape(len(lrs), -1).T
+    scalars: dict[str, float | int] = {}
+    own = {name: found.min(axis=1) + setting.tolerance for name, found in losses.items()}
+    both = np.minimum(*own.values())
+    for key, levels in (("width", own), ("width_common", dict.fromkeys(pair, both))):
+        first, second = (
+            [width(lrs, *part) for part in zip(losses[name], levels[name], strict=True)] for name in pair
+        )
+        octaves = [np.array([value for value, _ in part]) for part in (first, second)]
+        mean, low, high = paired(octaves[0] - octaves[1])
+        scalars |= {
+            f"{label}.{key}_A": float(octaves[0].mean()),
+            f"{label}.{key}_B": float(octaves[1].mean()),
+            f"{label}.{key}": mean,
+            f"{label}.{key}_low": low,
+            f"{label}.{key}_high": high,
+            f"{label}.{key}_cut": sum(cut for _, cut in first + second),
+        }
+    return scalars
 
 
-def width(lrs: np.ndarray, losses: np.ndarray, tolerance: float) -> tuple[float, bool]:
+def width(lrs: np.ndarray, losses: np.ndarray, level: float) -> tuple[float, bool]:
     """How far a learning rate can be from the best one, in octaves.
 
     Args:
         lrs: Learning rates, rising.
         losses: Finite losses at them; between two they are taken as linear in log2 lr.
-        tolerance: What a loss may lie above the least one.
+        level: What counts as good.
 
     Returns:
-        Length of the set of log2 lr with a loss of at most the least one plus the tolerance, and whether that
-        set holds an end of the axis, where it is only known in part.
+        Length of the set of log2 lr with a loss of at most the level, and whether that set holds an end of
+        the axis, where it is only known in part.
 
-    >>> width(np.array([1.0, 2.0, 4.0, 8.0]), np.array([3.0, 1.0, 1.0, 5.0]), 1.0)
+    >>> width(np.array([1.0, 2.0, 4.0, 8.0]), np.array([3.0, 1.0, 1.0, 5.0]), 2.0)
     (1.75, False)
     """
-    above = np.asarray(losses, dtype=float) - np.min(losses) - tolerance
+    above = np.asarray(losses, dtype=float) - level
     below, over = np.maximum(-above, 0.0), np.maximum(above, 0.0)
     # Of a piece whose ends lie on both sides, the share below is the lower end's part of the whole drop.
     drop = below[:-1] + below[1:]
-    share = np.divide(drop, drop + over[:-1] + over[1:], out=np.ones_like(drop), where=drop > 0)
-    share[drop <= 0] = 0.0
+    share = np.divide(drop, drop + over[:-1] + over[1:], out=np.zeros_like(drop), where=drop > 0)
     return float((share * np.diff(np.log2(lrs))).sum()), bool(above[0] <= 0 or above[-1] <= 0)
 
 
