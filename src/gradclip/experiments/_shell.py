@@ -2,13 +2,17 @@
 
 import contextlib
 import dataclasses
+import math
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from gradclip import parallel, records
 from gradclip.records import Record
@@ -55,7 +59,7 @@ def recorded(
     Of several processes all measure, and the first decides whether to, saves and reads.
     """
     first = parallel.rank() == 0
-    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
+    plain = _lists(dataclasses.asdict(config))
     settings = plain | settings
     with numerical_settings(config.threads):
         here = records.provenance(config.device, data_sha256=data_sha256, wall_time=0.0)
@@ -73,6 +77,13 @@ def recorded(
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         return parallel.from_first(records.load(target) if first else None)
+
+
+def _lists(value: Any) -> Any:
+    """The value as a record gives it back: with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_finished(target: Path, settings: dict[str, Any], here: Mapping[str, Any]) -> bool:
@@ -116,32 +127,71 @@ def numerical_settings(threads: int) -> Iterator[None]:
 
 
 def run_tasks(
-    tasks: Sequence[Callable[[], Any]], *, checkpoint: Path, identity: Mapping[str, Any], label: str
+    tasks: Sequence[Callable[[], Any]],
+    *,
+    checkpoint: Path,
+    identity: Mapping[str, Any],
+    label: str,
+    workers: int = 1,
+    threads: int = 1,
 ) -> tuple[list[Any], float]:
-    """Call the tasks one after the other, going on behind the last finished one after an interruption.
+    """Call the tasks, going on behind the last finished one after an interruption.
 
     Args:
         tasks: Callables without arguments; what they return must be tensors, plain values and containers of
-            these. Each must make its own generators, so that it does not matter which ran before.
+            these. Each must make its own generators, so that it does not matter which ran before. With more
+            than one worker they must be picklable.
         checkpoint: As for :func:`gradclip.train.train`; so are ``identity`` and ``label``.
+        workers: Tasks at a time. With one, they run here, one after the other; with more, each worker is a
+            process with the numerical settings of the experiments.
+        threads: CPU threads of a worker.
 
     Returns:
         What the tasks returned, in order, and the seconds they took.
     """
-    work = _Tasks(tasks)
-    result = train(work, len(tasks), checkpoint=checkpoint, identity=identity, label=label, interval=0.0)
+    if workers == 1:
+        return _run_tasks(_Tasks(tasks), checkpoint, identity, label)
+    # A forked process cannot use the GPU that its parent has used.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(threads,))
+    try:
+        return _run_tasks(_Tasks(tasks, pool), checkpoint, identity, label)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_tasks(
+    work: "_Tasks", checkpoint: Path, identity: Mapping[str, Any], label: str
+) -> tuple[list[Any], float]:
+    result = train(work, len(work.tasks), checkpoint=checkpoint, identity=identity, label=label, interval=0.0)
     return work.done, result.seconds
+
+
+_settled = contextlib.ExitStack()
+
+
+def _settle(threads: int) -> None:
+    """Enter the numerical settings for the rest of a worker's life."""
+    _settled.enter_context(numerical_settings(threads))
 
 
 class _Tasks:
     """A run, as :func:`gradclip.train.train` wants it, whose steps are the tasks."""
 
-    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
-        self.tasks = tasks
+    def __init__(self, tasks: Sequence[Callable[[], Any]], pool: ProcessPoolExecutor | None = None) -> None:
+        self.tasks, self.pool = tasks, pool
         self.done: list[Any] = []
+        self.ahead: dict[int, Future] = {}
 
     def step(self, iteration: int) -> dict[str, float]:
-        self.done.append(self.tasks[iteration]())
+        if self.pool is None:
+            result = self.tasks[iteration]()
+        else:
+            if not self.ahead:  # at the start, which may be behind a checkpoint
+                waiting = range(iteration, len(self.tasks))
+                self.ahead = {i: self.pool.submit(self.tasks[i]) for i in waiting}
+            result = self.ahead.pop(iteration).result()
+        self.done.append(result)
         return {"task": iteration}
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,6 +199,27 @@ class _Tasks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done = list(state["done"])
+
+
+def paired(differences: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of differences between two methods seed by seed, and Student's interval around it.
+
+    Args:
+        differences: One per seed, two or more.
+        level: Confidence.
+
+    Returns:
+        Mean, lower end, upper end; an interval of nan if a difference is not finite.
+
+    >>> [round(value, 3) for value in paired(np.array([0.1, 0.2, 0.4]))]
+    [0.233, -0.146, 0.613]
+    """
+    n = len(differences)
+    with np.errstate(invalid="ignore"):
+        mean = float(np.mean(differences))
+        spread = float(np.std(differences, ddof=1) / math.sqrt(n))
+    span = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread
+    return mean, mean - span, mean + span
 
 
 def with_range(scalars: Mapping[str, Any], key: str, form: str) -> str:

@@ -77,12 +77,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from gradclip.data import text
 from gradclip.experiments import language_model as lm
-from gradclip.experiments._shell import chosen, html_table, recorded, with_range
+from gradclip.experiments._shell import chosen, html_table, paired, recorded, with_range
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD, MixedClippedSGD, ParameterAgnosticLR, PolyakClippedSGD
@@ -459,13 +458,10 @@ def summarise(series: Mapping[str, np.ndarray], *, untrained: float) -> dict[str
         scalars[f"{name}.diverged"] = int((series["valid"][grid] > untrained).sum())
         scalars[f"{name}.cells_median"] = float(np.median(series["valid"][grid]))
         with np.errstate(invalid="ignore"):  # a run that diverged leaves no interval
-            difference = series["valid"][chosen] - reference
-            mean = float(difference.mean())
-            spread = float(difference.std(ddof=1) / math.sqrt(len(difference)))
-        reach = stats.t.ppf(0.975, len(difference) - 1) * spread
+            mean, low, high = paired(series["valid"][chosen] - reference)
         scalars[f"{name}.over_hard"] = mean
-        scalars[f"{name}.over_hard_low"], scalars[f"{name}.over_hard_high"] = mean - reach, mean + reach
-        scalars[f"{name}.differs"] = bool(abs(mean) > reach)
+        scalars[f"{name}.over_hard_low"], scalars[f"{name}.over_hard_high"] = low, high
+        scalars[f"{name}.differs"] = low > 0 or high < 0
     return scalars
 
 
