@@ -51,6 +51,7 @@ column                   meaning
 ``swapped``              L̂_1/2 along d made as long as the other rule would have made it: in clipped training
                          the unclipped step, elsewhere the step clipped at 0.25
 ``crossed``              kinks on the way from x_k to x_k + d/100: how many inputs of units change sign
+``weight_norm``          ‖x_k‖: with batch norm, weights twice as long have half the gradient
 ``released``             the released code's scheme, carried over to images (reconstructed): midpoint only,
                          gradients over a fixed tenth of the training images, batch by batch
 ``released_grad_norm``   gradient norm on that tenth
@@ -80,6 +81,7 @@ key                             meaning
 ``CELL.slope_EST``              slope of ln L̂ on ln ‖g‖
 ``CELL.late_EST``               the correlation after the first quarter of the training
 ``CELL.partial_EST``            partial correlation given ln ‖d‖, k and ln(1 + k)
+``CELL.weights_EST``            partial correlation given ln ‖x_k‖
 ``CELL.difference_EST``         correlation of the changes of the logarithms from one probe to the next
 ``CELL.shuffled_EST``           97.5 % quantile of the absolute correlation when a run's pairs are shuffled
 ``CELL.level_midpoint``         mean correlation of the midpoint estimate when its ratio to ``bound`` is
@@ -180,7 +182,7 @@ ESTIMATORS = {
     "released": ("released", "released_grad_norm"),
     "hessian": ("hessian_norm", "grad_norm"),
 }
-EXTRA = ("swapped", "crossed", "released", "released_grad_norm")
+EXTRA = ("swapped", "crossed", "weight_norm", "released", "released_grad_norm")
 KINKS = ("images", "fraction", "held", "estimate")
 _SHUFFLES = 200
 _ENOUGH = 5
@@ -326,6 +328,7 @@ class Config:
             released_images=512,
             kink_steps=(20, 120),
             kink_images=(64, 192, 576),
+            kink_fractions=tuple(10.0**-e for e in (6, 5, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5, 0)),
         )
         paper = dataclasses.replace(
             short,
@@ -524,6 +527,7 @@ class _Training(Probed):
         step = [longer * d for d in update]
         other = path_smoothness(batch, self.params, step, fractions=(1 / 2,), grad=gradient)
         row = {
+            "weight_norm": total_norm(self.params).item(),
             "swapped": other.value,
             "crossed": float(crossings(model, batch, update, (LOCAL,))[0]),
         }
@@ -751,8 +755,8 @@ def _cell(series: Series, cell: Cell) -> dict[str, float | int]:
         usable = [run[series[column][run] > 0] for run in runs]  # NaN is not above 0
 
         def table(run: np.ndarray, column: str = column, norm: str = norm) -> np.ndarray:
-            x, y, d = (np.log(series[c][run]) for c in (norm, column, "update_length"))
-            full = np.stack([x, y, d, k[run], np.log1p(k[run])], axis=1)
+            x, y, d, w = (np.log(series[c][run]) for c in (norm, column, "update_length", "weight_norm"))
+            full = np.stack([x, y, d, k[run], np.log1p(k[run]), w], axis=1)
             return full - full.mean(axis=0) if len(run) else full
 
         whole = [table(run) for run in usable]
@@ -762,7 +766,8 @@ def _cell(series: Series, cell: Cell) -> dict[str, float | int]:
             ("pearson", whole, _correlation),
             ("slope", whole, _slope),
             ("late", late, _correlation),
-            ("partial", whole, partial_correlation),
+            ("partial", [part[:, :5] for part in whole], partial_correlation),
+            ("weights", [part[:, [0, 1, 5]] for part in whole], partial_correlation),
             ("difference", changes, _correlation),
         ):
             scalars |= _pooled(f"{name}.{key}_{estimator}", parts, statistic)
