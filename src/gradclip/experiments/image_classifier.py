@@ -326,8 +326,8 @@ class Config:
             hessian_every=80,
             released_every=40,
             released_images=512,
-            kink_steps=(20, 120),
-            kink_images=(64, 192, 576),
+            kink_steps=(60,),
+            kink_images=(64, 128, 256),
             kink_fractions=tuple(10.0**-e for e in (6, 5, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5, 0)),
         )
         paper = dataclasses.replace(
@@ -427,7 +427,7 @@ def _measure(
     # One task per network: each reads the images once.
     tasks = {
         (batch_norm, sharpness): config.task(batch_norm=batch_norm, sharpness=sharpness)
-        for batch_norm, sharpness in {(cell.batch_norm, cell.sharpness): None for cell in config.cells}
+        for batch_norm, sharpness in product((True, False), (math.inf, config.sharpness))
     }
     for cell in config.cells:
         task = tasks[cell.batch_norm, cell.sharpness]
