@@ -206,6 +206,37 @@ def test_a_record_of_other_source_is_flagged(build, monkeypatch):
     assert "warning" in admonition["classes"]
 
 
+def cells(document):
+    return [entry.astext() for entry in document.findall(nodes.entry)]
+
+
+def test_every_scale_has_a_column_and_a_missing_record_is_said(build, tmp_path):
+    record = records.load(tmp_path / "project/_build/records/demo/smoke-cpu")
+    scalars = {"slope": 2.0, "slope_min": 1.5, "slope_max": 2.5}
+    records.save(
+        dataclasses.replace(record, profile="cpu", scalars=scalars), tmp_path / "project/_build/records"
+    )
+    older = record.provenance | {"source_sha256": "0" * 64, "wall_time_s": 1234.0}
+    records.save(dataclasses.replace(record, profile="short", provenance=older), tmp_path / "project/results")
+    document, _, warnings = build(
+        ":::{scales} demo\nslope of $|x|$ | slope | .1f\nspread | slope_max | .1f\n:::"
+    )
+    assert warnings == ""
+    head, slope, spread, made = (cells(document)[i : i + 4] for i in (0, 4, 8, 12))
+    assert [text.split(":")[0] for text in head] == ["", "cpu", "short", "paper"]
+    assert slope == ["slope of |x|", "2.0 (1.5 to 2.5)", "1.2", "no record"]
+    assert spread == ["spread", "2.5", "not in this record", "no record"]
+    assert made[2].endswith("in 1,234 s, by source that has changed since")
+    assert made[3] == "not yet"
+
+
+def test_a_key_that_the_current_record_lacks_is_a_warning_in_a_table_of_scales(build, tmp_path):
+    record = records.load(tmp_path / "project/_build/records/demo/smoke-cpu")
+    records.save(dataclasses.replace(record, profile="cpu"), tmp_path / "project/_build/records")
+    _, _, warnings = build(":::{scales} demo\nslope | slop | .1f\n:::")
+    assert "record 'demo/cpu' has no key 'slop'" in warnings
+
+
 def test_a_figure_of_a_notebook_is_shown_with_its_alt_text(build):
     doctree, _, warnings = build("```{notebook-figure} notebooks/00_x#fig-00-pixel\n```")
     assert warnings == ""

@@ -27,20 +27,25 @@ def test_the_smoke_profile_gives_a_whole_record(smoke):
     assert records.is_current(smoke)
     assert smoke.scalars["data.sha256"] == smoke.provenance["data_sha256"] == text.reference_manual().sha256
     series = smoke.series
-    assert len(series["lr"]) == len(SMOKE.cells) * 2 * 10  # cells, seeds, probes
+    full = series["full"] == 1
+    assert (~full).sum() == (len(SMOKE.cells) - 1) * 2 * 10  # cells, seeds, probes
+    assert series["iteration"][full].tolist() == 2 * [0, 4, 8, 12, 16]
+    for name in ("path_0.01", "path_0.5", "swapped", "along", "hessian_norm"):
+        assert (series[name][full] > 0).all()
+    assert np.isnan(series["random"][full]).all()
     # Measured at every probe, at every second one, and at one.
     for names, every in (
-        (("path_0.01", "path_0.5", "grad_norm", "update_length"), slice(None)),
+        (("path_0.01", "path_0.5", "swapped", "grad_norm", "update_length"), slice(None)),
         (("along", "random", "fixed", "fixed_grad_norm", "path_0.003"), SMOKE.product_every),
         (("hessian_norm",), SMOKE.hessian_every),
     ):
-        k = series["iteration"]
+        k = series["iteration"][~full]
         due = np.ones(len(k), dtype=bool)
         if every != slice(None):
             due = k % every == (every // 2 if names == ("hessian_norm",) else 0)
         for name in names:
-            np.testing.assert_array_equal(np.isfinite(series[name]), due, err_msg=name)
-            assert (series[name][due] > 0).all()
+            np.testing.assert_array_equal(np.isfinite(series[name][~full]), due, err_msg=name)
+            assert (series[name][~full][due] > 0).all()
 
 
 def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
@@ -50,11 +55,13 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
         for table in tables
     )
     assert set(smoke.series) == set(columns) | {f"path_{a:g}" for a in FRACTIONS}
-    subset = r"((late_)?plain_[\d.]+|grid|clipped|unclipped|late)"
+    subset = r"((late_)?plain_[\d.]+|grid|clipped|unclipped|late|full)"
     patterns = []
     for key in keys:
         pattern = re.escape(key).replace("EST", f"({'|'.join(ESTIMATORS)})").replace("SUBSET", subset)
-        pattern = pattern.replace("KIND", "(clipped|unclipped|late_clipped)").replace("_A", r"_[\d.]+")
+        pattern = pattern.replace(
+            "KIND", "(clipped|unclipped|late_clipped|full_(clipped|unclipped|settled))"
+        ).replace("_A", r"_[\d.]+")
         patterns.append(pattern.replace("plain_LR", r"(late_)?plain_[\d.]+"))
     patterns += [r"fit_unclipped\.(ratio|zero)_\w+", r"fraction_clipped\.(agree_[\d.]+|largest)"]
     for pattern in patterns:
@@ -78,7 +85,7 @@ def test_statistics_within_runs_and_over_runs_are_those_of_numpy_alone(smoke):
     # Regression with one indicator per run instead of subtracted means, and `polyfit` for the lines.
     s = smoke.series
     keys = np.stack([s["lr"], s["max_norm"], s["seed"]], axis=1)
-    grid = np.isfinite(s["max_norm"])
+    grid = np.isfinite(s["max_norm"]) & (s["full"] == 0)
     _, run_of = np.unique(keys[grid], axis=0, return_inverse=True)
     g, local, d, k = (
         np.log(s[name][grid]) if name != "iteration" else s[name][grid]
@@ -154,6 +161,8 @@ def test_the_first_probe_is_what_its_formulas_say(smoke):
         "update_length": d.norm().item(),
         "path_0.5": ((gradient(d / 2) - g).norm() / (d / 2).norm()).item(),
         "path_0.01": ((gradient(d / 100) - g).norm() / (d / 100).norm()).item(),
+        "swapped": ((gradient(-5.0 * g) - g).norm() / (5.0 * g).norm()).item(),
+        "swapped_length": 10.0 * g.norm().item(),
         "along": product(d),
         "random": product(r),
         "fixed_grad_norm": fixed.norm().item(),
@@ -188,8 +197,10 @@ def made_up(estimate):
                 "update_length": step,
                 "hessian_norm": 2 / (lr * factor),
                 "diverged": np.zeros(40),
+                "full": np.zeros(40),
+                "swapped_length": lr * g if math.isfinite(max_norm) else lr * np.minimum(g, 0.25),
             }
-            names = (*(f"path_{a:g}" for a in FRACTIONS), "along", "random", "fixed")
+            names = (*(f"path_{a:g}" for a in FRACTIONS), "swapped", "along", "random", "fixed")
             part |= {name: estimate(g, g / (step / 2), generator) for name in names}
             parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -233,7 +244,9 @@ def test_an_estimate_that_ignores_the_gradient_shows_no_correlation():
 
 
 def test_a_run_that_diverges_is_cut_and_counted(tmp_path):
-    config = dataclasses.replace(SMOKE, lrs=(10.0,), max_norms=(1.0,), plain_lrs=(1e5,), seeds=(0,))
+    config = dataclasses.replace(
+        SMOKE, lrs=(10.0,), max_norms=(1.0,), plain_lrs=(1e5,), full_lrs=(), full_max_norms=(), seeds=(0,)
+    )
     record = run(config, tmp_path)
     assert record.scalars["plain_100000.diverged"] == 1
     plain = np.isinf(record.series["max_norm"])
@@ -276,3 +289,48 @@ def test_what_falls_between_two_probes_is_refused():
 def test_an_unknown_profile_is_named():
     with pytest.raises(ValueError, match=r"profile must be one of .*, got 'large'"):
         Config.profile("large")
+
+
+def test_every_run_on_the_full_batch_has_a_threshold():
+    with pytest.raises(ValueError, match=r"one threshold for each of full_lrs=\(30.0,\), got \(\)"):
+        dataclasses.replace(SMOKE, full_max_norms=())
+
+
+def test_a_run_on_the_full_batch_is_descent_on_one_function(smoke):
+    # Plain torch: the same batch at every step, from a hidden state of zeros.
+    corpus = text.reference_manual()
+    words, targets = text.segments(text.batchify(corpus.train, SMOKE.batch), SMOKE.bptt)[0]
+    sizes = {"embedding": SMOKE.embedding, "hidden": SMOKE.hidden, "layers": SMOKE.layers}
+    model = LanguageModel(len(corpus.vocabulary), **sizes, generator=torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 30.0), []
+    for _ in range(SMOKE.full_steps):
+        loss, _ = model.loss(words, targets, model.initial_state(SMOKE.batch))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+        losses.append(loss.item())
+    rows = (smoke.series["full"] == 1) & (smoke.series["seed"] == 0) & (smoke.series["iteration"] <= 8)
+    # torch adds 1e-6 to the norm, a relative 4e-6 of a clipped step, and beyond the edge of stability errors
+    # grow at every step: up to the eighth, to some 3e-4.
+    np.testing.assert_allclose(smoke.series["loss"][rows], losses[: 9 : SMOKE.full_every], rtol=1e-3)
+
+
+def test_swapped_steps_separate_the_points_from_the_step_lengths():
+    # Curvature 1 + 3‖g‖ at every point, whatever the step: the swapped estimate correlates like the others.
+    real = summarise(
+        made_up(lambda g, level, generator: (1 + 3 * g) * np.exp(generator.normal(0, 0.05, len(g))))
+    )
+    assert real["clipped.pearson_swapped"] > 0.9
+    assert real["plain_2.pearson_swapped"] > 0.9
+    # Estimates on their own level: along unclipped steps it is flat, so nothing is left at clipped points.
+    series = made_up(lambda g, level, generator: level)
+    series["swapped"] = (
+        2
+        * series["grad_norm"]
+        / series["swapped_length"]
+        * np.exp(np.random.default_rng(0).normal(0, 0.05, len(series["lr"])))
+    )
+    flat = summarise(series)
+    assert abs(flat["clipped.pearson_swapped"]) < 4 / math.sqrt(flat["clipped.count"])
+    assert flat["clipped.pearson_midpoint"] > 0.99

@@ -411,3 +411,16 @@ def test_provenance_names_versions_device_and_time():
 def test_a_gpu_is_named_by_its_model(monkeypatch, name, slug):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert records.device_slug("cuda") == slug
+
+
+def test_all_records_of_an_experiment_are_found(tmp_path):
+    assert records.found(tmp_path, "language-model") == {}
+    records.save(make(), tmp_path)
+    records.save(make(profile="short"), tmp_path)
+    records.save(make(experiment="other"), tmp_path)
+    found = records.found(tmp_path, "language-model")
+    assert list(found) == ["cpu-cpu", "short-cpu"]
+    assert found["short-cpu"].profile == "short"
+    (tmp_path / "language-model/short-cpu/series.csv").write_text("loss\n1.0\n")
+    with pytest.raises(RecordError):
+        records.found(tmp_path, "language-model")

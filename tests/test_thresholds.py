@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradclip import clip_grad_
+from gradclip.optim import ClippedSGD, MixedClippedSGD
 from gradclip.thresholds import Percentile, ZScore
 
 EPS = 2.0**-52
@@ -127,12 +129,36 @@ def test_threshold_has_dtype_and_shape_of_the_norm(dtype):
         (lambda: Percentile(101.0), r"percentile must be between 0 and 100, got 101\.0"),
         (lambda: Percentile(math.nan), "percentile must be between 0 and 100, got nan"),
         (lambda: Percentile(window=0), "window must be at least 1, got 0"),
+        (lambda: Percentile(window=2.5), r"window must be a whole number, got 2\.5"),
+        (lambda: Percentile(window=math.inf), "window must be a whole number, got inf"),
         (lambda: ZScore(0.0), r"z must be positive and finite, got 0\.0"),
         (lambda: ZScore(alpha=1.0), r"alpha must be at least 0 and below 1, got 1\.0"),
         (lambda: ZScore(warmup=0), "warmup must be at least 1, got 0"),
+        (lambda: ZScore(warmup=math.nan), "warmup must be a whole number, got nan"),
         (lambda: ZScore(eps=0.0), r"eps must be positive and finite, got 0\.0"),
     ],
 )
 def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_class_in_place_of_a_policy_is_refused_at_once():
+    x = torch.zeros(2, requires_grad=True)
+    for make in (
+        lambda: ClippedSGD([x], 0.1, max_norm=Percentile),
+        lambda: MixedClippedSGD([x], 0.1, max_norm=Percentile, momentum=0.9, mix=0.5),
+        lambda: clip_grad_([x], Percentile),
+    ):
+        with pytest.raises(TypeError, match=r"got the class; make one: Percentile\(\)"):
+            make()
+
+
+def test_a_policy_that_an_optimizer_cannot_save_is_refused_at_once():
+    x = torch.zeros(2, requires_grad=True)
+    with pytest.raises(TypeError, match="as a policy, needs state_dict and load_state_dict"):
+        ClippedSGD([x], 0.1, max_norm=lambda norm: norm / 2)
+    # Without an optimizer there is nothing to save.
+    x.grad = torch.tensor([3.0, 4.0])
+    clip_grad_([x], lambda norm: norm / 2)
+    torch.testing.assert_close(x.grad, torch.tensor([1.5, 2.0]))

@@ -37,6 +37,10 @@ BADGE = {
 BADGE_CLASSES = {verdict: [f"sd-bg-{colour}", f"sd-bg-text-{colour}"] for verdict, colour in BADGE.items()}
 
 
+# The profiles whose records are compared, and what each is.
+SCALES = {"cpu": "small", "short": "the paper's data, shorter runs", "paper": "the paper's scale"}
+
+
 class UnknownEvidence(LookupError):
     """A record, key or test that a page names does not exist."""
 
@@ -394,6 +398,58 @@ class RecordDirective(MarkdownDirective):
         return self.parse(lines)
 
 
+class ScalesDirective(MarkdownDirective):
+    """``{scales} EXPERIMENT``: numbers of one experiment at every scale, and which scales have no record.
+
+    Each line of the content is ``label | key | format``; the range over seeds is added where a record has it.
+    """
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self):
+        experiment = self.arguments[0]
+        found = {}
+        for profile in SCALES:
+            try:
+                found[profile] = load_record(self.root, f"{experiment}/{profile}")
+            except MissingRecord:
+                found[profile] = None
+            except (UnknownEvidence, records.RecordError) as error:
+                logger.warning("scales: %s", error, location=self.get_location())
+                return []
+        lines = ["```{list-table}", ":header-rows: 1", ":class: scales", "", "* -"]
+        lines += [f"  - {profile}: {what}" for profile, what in SCALES.items()]
+        for row in self.content:
+            label, key, spec = (part.strip() for part in row.rsplit("|", 2))
+            lines += [f"* - {label}", *(f"  - {self.cell(name, r, key, spec)}" for name, r in found.items())]
+        lines += ["* - made", *(f"  - {self.origin(r)}" for r in found.values()), "```"]
+        return self.parse(lines)
+
+    def cell(self, profile: str, record: records.Record | None, key: str, spec: str) -> str:
+        if record is None:
+            return "no record"
+        if key not in record.scalars and not records.is_current(record):
+            return "not in this record"
+        name = f"{record.experiment}/{profile}"
+        text = f"{{measured}}`{name}#{key}|{spec}`"
+        if f"{key}_min" in record.scalars:
+            text += "".join(
+                f"{before}{{measured}}`{name}#{key}{end}|{spec}`"
+                for before, end in ((" (", "_min"), (" to ", "_max"))
+            )
+            text += ")"
+        return text
+
+    @staticmethod
+    def origin(record: records.Record | None) -> str:
+        if record is None:
+            return "not yet"
+        made = record.provenance
+        stale = "" if records.is_current(record) else ", by source that has changed since"
+        return f"{made['finished'][:10]} on {made['device_name']}, in {made['wall_time_s']:,.0f} s{stale}"
+
+
 def show_executed_notebook(app: Sphinx, docname: str, source: list[str]) -> None:
     """Give Sphinx the executed copy of a notebook in place of the committed one, which carries no outputs."""
     if not docname.startswith("notebooks/"):
@@ -429,4 +485,5 @@ def setup(app: Sphinx) -> dict:
     app.add_directive("claims-summary", ClaimsSummaryDirective)
     app.add_directive("claims-detail", ClaimsDetailDirective)
     app.add_directive("record", RecordDirective)
+    app.add_directive("scales", ScalesDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -194,6 +194,10 @@ def check_threshold(max_norm: Any, rule: str, scope: str) -> None:
     if not callable(max_norm):
         check_rule(max_norm, rule)
         return
+    if isinstance(max_norm, type):
+        raise TypeError(
+            f"max_norm must be a number or a policy, got the class; make one: {max_norm.__name__}()"
+        )
     check_choice("rule", rule, RULES)
     if scope != "global":
         raise ValueError(f"a threshold policy sees the norm of all gradients: scope={scope!r} needs a number")

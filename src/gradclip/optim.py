@@ -74,7 +74,8 @@ class _Clipping(torch.optim.Optimizer):
         """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: If an option is out of range or unknown, or differs from a shared one.
+            ValueError: If the value of an option is out of range or unknown, or differs from a shared one.
+                Keys that are not options are kept and not looked at, as in torch.
             TypeError: If an option that has to be a number is something else.
         """
         self._check([*self.param_groups, {**self.defaults, **param_group}])
@@ -195,6 +196,10 @@ class _Clipping(torch.optim.Optimizer):
                     raise TypeError(f"{name} must be {kind}, got {value}")
                 if not 0 <= value < math.inf:
                     raise ValueError(f"{name} must be finite and at least 0, got {value}")
+            policy = group.get("max_norm")
+            lacking = [name for name in ("state_dict", "load_state_dict") if not hasattr(policy, name)]
+            if callable(policy) and not isinstance(policy, type) and lacking:
+                raise TypeError(f"max_norm, as a policy, needs {' and '.join(lacking)}; {policy} has none")
             if group.get("nesterov") and not group["momentum"]:
                 raise ValueError(f"nesterov needs a positive momentum, got momentum={group['momentum']}")
             if group.get("nesterov") and group["dampening"]:
@@ -586,7 +591,8 @@ class ParameterAgnosticLR(LRScheduler):
     Example:
         >>> import torch
         >>> from gradclip.optim import MixedClippedSGD, ParameterAgnosticLR
-        >>> optimizer = MixedClippedSGD([torch.zeros(2)], lr=1 / 7, max_norm=1.0, momentum=0.0, mix=1.0)
+        >>> options = {"max_norm": 1.0, "momentum": 0.0, "mix": 1.0, "rule": "normalize"}
+        >>> optimizer = MixedClippedSGD([torch.zeros(2)], lr=1 / 7, **options)
         >>> scheduler = ParameterAgnosticLR(optimizer)
         >>> for t in range(15):
         ...     optimizer.step()

@@ -305,6 +305,23 @@ def load(path: str | Path) -> Record:
         raise RecordError(f"{json_path}: not a whole record: {type(error).__name__}: {error}") from None
 
 
+def found(out: str | Path, experiment: str) -> dict[str, Record]:
+    """All records of an experiment in a folder.
+
+    Args:
+        out: Folder of all records, as ``results``.
+        experiment: Name of the experiment.
+
+    Returns:
+        ``PROFILE-DEVICE``, as the records' folders are named, to the record, in alphabetical order.
+
+    Raises:
+        RecordError: One of them is damaged.
+    """
+    files = sorted((Path(out) / experiment).glob("*/record.json"))
+    return {file.parent.name: load(file.parent) for file in files}
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a name of its own and rename: ``path`` is never seen half-written, not with many writers."""
     for left in path.parent.glob(f".{path.name}.*.partial"):

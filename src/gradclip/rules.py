@@ -158,6 +158,15 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {reprlib.repr(value)} of type {type(value).__name__}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise :class:`TypeError` or :class:`ValueError` unless it is a whole number, at least 1."""
+    check_number(name, value)
+    if value != value // 1:  # NaN and fractions
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point dtype of a device: float64, except on Apple GPUs, which only have float32."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.rules import check_number, widest_dtype
+from gradclip.rules import check_count, check_number, widest_dtype
 
 
 class Percentile:
@@ -33,7 +33,7 @@ class Percentile:
             cost of a step and forgets how training began.
 
     Raises:
-        ValueError: If ``percentile`` is not between 0 and 100, or ``window`` is less than 1.
+        ValueError: If ``percentile`` is not between 0 and 100, or ``window`` no whole number of at least 1.
         TypeError: If one of them is not a number.
 
     References:
@@ -50,11 +50,9 @@ class Percentile:
 
     def __init__(self, percentile: float = 10.0, *, window: int = 1000):
         check_number("percentile", percentile)
-        check_number("window", window)
+        check_count("window", window)
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be between 0 and 100, got {percentile}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
         self.percentile, self.window = float(percentile), int(window)
         self._history = torch.full((self.window,), math.nan, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.int64)
@@ -133,15 +131,14 @@ class ZScore:
     """
 
     def __init__(self, z: float = 2.5, *, alpha: float = 0.97, warmup: int = 25, eps: float = 1e-6):
-        for name, value in (("z", z), ("alpha", alpha), ("warmup", warmup), ("eps", eps)):
+        for name, value in (("z", z), ("alpha", alpha), ("eps", eps)):
             check_number(name, value)
+        check_count("warmup", warmup)
         for name, value in (("z", z), ("eps", eps)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha must be at least 0 and below 1, got {alpha}")
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1, got {warmup}")
         self.z, self.alpha, self.warmup, self.eps = float(z), float(alpha), int(warmup), float(eps)
         # Count, mean, variance.
         self._statistics = torch.zeros(3, dtype=torch.float64)

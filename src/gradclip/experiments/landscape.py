@@ -8,6 +8,13 @@ clipping. At x_k, with d = x_{k+1} - x_k the update, and the batch of the step a
     ‖∇²f(x_k) r‖ / ‖r‖                               along a random direction, r normal
     ‖∇²f(x_k)‖                                       the sharpness                 [all in loss/parameter²]
 
+*Swapped* steps: at the points of a clipped training L̂_a is also measured along the step that it did not take,
+s = -η g, and at the points of training without clipping along s = -η min(1, γ₀/‖g‖) g. They tell the points
+that clipping reaches from the length of its steps.
+
+*Full batch*: some runs read the same first batch at every step, so that training is gradient descent on one
+function.
+
 With g = ∇f(x_k), the *level* of L̂_a is ‖g‖/(a ‖d‖) = max(1, ‖g‖/γ)/(a η), its value where the gradient
 changes by its own length. It knows nothing of the loss, and where steps are clipped it has a slope in ‖g‖ of
 1/(aηγ), which is 2/(ηγ) at the midpoint. L̂_a over the level is ρ, the relative change of the gradient.
@@ -19,6 +26,7 @@ column                meaning
 ====================  =====================================================================================
 ``lr``                learning rate η
 ``max_norm``          threshold γ; infinite in training without clipping
+``full``              1 where every step reads the first batch, 0 elsewhere
 ``seed``              seed of the weights and of the random directions; all runs read the same batches
 ``iteration``         training step k, from 0
 ``loss``              loss of the batch at x_k, nats per word
@@ -26,6 +34,8 @@ column                meaning
 ``clip_factor``       min(1, γ/‖∇f(x_k)‖)
 ``update_length``     ‖d‖
 ``path_0.003``, ...   L̂_a at a = 0.003, 0.01, 0.03, 0.1, 0.25, 0.5
+``swapped``           L̂_a along s, a = 0.5
+``swapped_length``    ‖s‖
 ``along``             ‖∇²f(x_k) d‖ / ‖d‖
 ``random``            ‖∇²f(x_k) r‖ / ‖r‖
 ``fixed_grad_norm``   gradient norm on a fixed batch, the first of the validation text
@@ -35,12 +45,13 @@ column                meaning
                       of guessing, and 0 everywhere else
 ====================  =====================================================================================
 
-Scalars. EST is ``midpoint`` (a = 0.5), ``local`` (a = 0.01), ``along``, ``random``, or ``fixed``, which goes
-with the gradient norm of the fixed batch. SUBSET is ``grid`` (all runs with clipping), ``clipped`` or
-``unclipped`` (its steps with factor below 1, or of 1), ``late`` (its probes after the first quarter of the
-training), ``plain_LR`` (no clipping, learning rate LR) or ``late_plain_LR``. *Within runs* means that the
-mean over each run is subtracted from the logarithms first, so that differences between runs do not count.
-Where there is nothing to compute from, a statistic is NaN.
+Scalars. EST is ``midpoint`` (a = 0.5), ``local`` (a = 0.01), ``swapped``, ``along``, ``random``, or
+``fixed``, which goes with the gradient norm of the fixed batch. SUBSET is ``grid`` (all runs with clipping
+that are not of the full batch), ``clipped`` or ``unclipped`` (its steps with factor below 1, or of 1),
+``late`` (its probes after the first quarter of the training), ``plain_LR`` (no clipping, learning rate LR),
+``late_plain_LR``, or ``full`` (the runs on the full batch). *Within runs* means that the mean over each run
+is subtracted from the logarithms first, so that differences between runs do not count. Where there is nothing
+to compute from, a statistic is NaN.
 
 Behind the key of a statistic, ``_min`` and ``_max`` are its least and greatest value over seeds, and ``_low``
 and ``_high`` the ends of the 95 % interval of a block bootstrap whose blocks are whole runs.
@@ -59,17 +70,20 @@ key                                  meaning
 ``SUBSET.shuffled_EST``              97.5 % quantile of the absolute correlation when the pairs of a run are
                                      shuffled
 ``SUBSET.level_EST``                 mean correlation when ρ is shuffled within runs and the level is not:
-                                     what step lengths alone give. EST is ``midpoint`` or ``local``
+                                     what step lengths alone give. EST is ``midpoint``, ``local`` or
+                                     ``swapped``
 ``SUBSET.level_share_EST``           that over ``SUBSET.pearson_EST``
-``SUBSET.saturation_EST``            median of ρ; EST is ``midpoint`` or ``local``
+``SUBSET.saturation_EST``            median of ρ; EST is ``midpoint``, ``local`` or ``swapped``
 ``grid.clipped_share``               share of probed steps that are clipped
 ``plain_LR.diverged``                runs that were given up
 ``partial.pearson_EST``              partial correlation of ln L̂ and ln ‖g‖ over the runs of the grid, given
-                                     ln ‖d‖, k and ln(1 + k); EST is not ``random``
+                                     ln ‖d‖, k and ln(1 + k); EST is not ``random`` or ``swapped``
 ``partial_within.pearson_EST``       the same within runs
 ``difference.pearson_EST``           correlation of the changes of ln L̂ and ln ‖g‖ from one probe to the next
 ``edge.count_KIND``                  Hessian norms at KIND steps of the grid: ``clipped``, ``unclipped`` or
-                                     ``late_clipped``
+                                     ``late_clipped``; or of the full batch after the first quarter:
+                                     ``full_clipped``, ``full_unclipped``, or ``full_settled``, unclipped in
+                                     the last quarter
 ``edge.ratio_KIND``                  median of ‖∇²f‖ / (2/η_k), η_k = η min(1, γ/‖g‖): 1 on the edge of
                                      stability
 ``edge.slope_KIND``                  slope of ln ‖∇²f‖ on ln 2/η_k, over runs
@@ -97,17 +111,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.data import text
+from gradclip.experiments._probing import assign, copies
 from gradclip.experiments._shell import chosen, recorded, run_tasks
 from gradclip.experiments._statistics import line, partial_correlation
-from gradclip.models.lstm import LanguageModel
+from gradclip.experiments._tasks import Language, losses
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
 from gradclip.records import Record
 from gradclip.smoothness import directional_smoothness, fit, hessian_norm, path_smoothness
 
 NAME = "landscape"
-CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
 FRACTIONS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5)
 LOCAL, MIDPOINT = 0.01, 0.5
 AGREEMENT = 0.05
@@ -115,6 +128,7 @@ AGREEMENT = 0.05
 ESTIMATORS = {
     "midpoint": ("path_0.5", "grad_norm"),
     "local": ("path_0.01", "grad_norm"),
+    "swapped": ("swapped", "grad_norm"),
     "along": ("along", "grad_norm"),
     "random": ("random", "grad_norm"),
     "fixed": ("fixed", "fixed_grad_norm"),
@@ -132,7 +146,7 @@ class Config:
 
     Args:
         name: Name of the profile.
-        corpus: A key of ``CORPORA``.
+        corpus: A key of ``_tasks.CORPORA``.
         embedding: Width of the embedding and of the last LSTM layer.
         hidden: Units of the other LSTM layers.
         layers: LSTM layers.
@@ -141,7 +155,12 @@ class Config:
         lrs: Learning rates of the grid.
         max_norms: Thresholds of the grid.
         plain_lrs: Learning rates of the runs without clipping.
-        steps: Training steps of a run.
+        swap_max_norm: Threshold γ₀ of the steps that are tried in those.
+        full_lrs: Learning rates of the runs on the full batch.
+        full_max_norms: Their thresholds, one each.
+        full_steps: Their training steps.
+        full_every: They are measured at every so many steps, everything but the other fractions and batches.
+        steps: Training steps of a run of the grid.
         probe_every: The estimates at a = 0.01 and 0.5 are measured at every so many steps.
         product_every: So are the other fractions, the Hessian-vector products and the fixed batch; a multiple
             of ``probe_every``.
@@ -152,7 +171,8 @@ class Config:
         threads: CPU threads during the run.
 
     Raises:
-        ValueError: What is measured rarely would fall between two probes.
+        ValueError: What is measured rarely would fall between two probes, or ``full_max_norms`` has another
+            length than ``full_lrs``.
     """
 
     name: str
@@ -165,6 +185,11 @@ class Config:
     lrs: tuple[float, ...]
     max_norms: tuple[float, ...]
     plain_lrs: tuple[float, ...]
+    swap_max_norm: float
+    full_lrs: tuple[float, ...]
+    full_max_norms: tuple[float, ...]
+    full_steps: int
+    full_every: int
     steps: int
     probe_every: int
     product_every: int
@@ -174,6 +199,11 @@ class Config:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        if len(self.full_lrs) != len(self.full_max_norms):
+            raise ValueError(
+                f"full_max_norms must have one threshold for each of full_lrs={self.full_lrs}, "
+                f"got {self.full_max_norms}"
+            )
         for name, distance in (
             ("product_every", self.product_every),
             ("half of hessian_every", self.hessian_every / 2),
@@ -188,7 +218,8 @@ class Config:
         """The configuration of a profile.
 
         ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: a small model on the reference manual.
-        ``paper`` is the model and batch of the paper's released code on the Penn Treebank.
+        ``short`` is a larger one on the Penn Treebank, for a quarter of an hour on one CPU. ``paper`` is
+        the model and batch of the paper's released code on the Penn Treebank.
 
         Raises:
             ValueError: There is no such profile.
@@ -204,6 +235,11 @@ class Config:
             lrs=(10.0, 30.0),
             max_norms=(0.25, 1.0),
             plain_lrs=(2.0, 30.0),
+            swap_max_norm=0.25,
+            full_lrs=(30.0,),
+            full_max_norms=(0.25,),
+            full_steps=20,
+            full_every=4,
             steps=20,
             probe_every=2,
             product_every=4,
@@ -220,29 +256,47 @@ class Config:
             bptt=15,
             lrs=(10.0, 30.0, 60.0),
             max_norms=(0.1, 0.25, 1.0),
+            full_lrs=(10.0, 30.0, 30.0),
+            full_max_norms=(0.1, 0.1, 0.25),
+            full_steps=300,
+            full_every=15,
             steps=80,
             product_every=8,
             hessian_every=20,
             seeds=(0, 1, 2),
         )
-        paper = dataclasses.replace(
+        short = dataclasses.replace(
             cpu,
-            name="paper",
+            name="short",
             corpus="penn-treebank",
+            embedding=64,
+            hidden=128,
+            bptt=35,
+            steps=120,
+        )
+        paper = dataclasses.replace(
+            short,
+            name="paper",
             embedding=200,
             hidden=512,
             batch=256,
             bptt=70,
+            full_steps=1000,
+            full_every=40,
             steps=600,
             hessian_every=80,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        return chosen(name, smoke, cpu, paper)
+        return chosen(name, smoke, cpu, short, paper)
 
     @property
-    def cells(self) -> list[tuple[float, float]]:
-        """Learning rate and threshold of every training, the unclipped ones last."""
-        return [*product(self.lrs, self.max_norms), *((lr, math.inf) for lr in self.plain_lrs)]
+    def cells(self) -> list[tuple[float, float, bool]]:
+        """Learning rate, threshold, and whether on the full batch, of every training."""
+        return [
+            *((lr, max_norm, False) for lr, max_norm in product(self.lrs, self.max_norms)),
+            *((lr, math.inf, False) for lr in self.plain_lrs),
+            *((lr, max_norm, True) for lr, max_norm in zip(self.full_lrs, self.full_max_norms, strict=True)),
+        ]
 
 
 def run(config: Config, out: str | Path) -> Record:
@@ -260,134 +314,128 @@ def run(config: Config, out: str | Path) -> Record:
     Raises:
         DataError: The corpus is missing or damaged.
     """
-    corpus = CORPORA[config.corpus]()
-    return recorded(NAME, config, out, functools.partial(_measure, config, corpus), corpus.sha256)
+    task = Language(
+        config.corpus,
+        embedding=config.embedding,
+        hidden=config.hidden,
+        layers=config.layers,
+        batch=config.batch,
+        bptt=config.bptt,
+        device=config.device,
+    )
+    return recorded(NAME, config, out, functools.partial(_measure, config, task), task.sha256)
 
 
 def _measure(
-    config: Config, corpus: text.Corpus, partial: Path, identity: Mapping[str, Any]
+    config: Config, task: Language, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
     tasks = [
-        functools.partial(_train, config, corpus, lr, max_norm, seed)
-        for lr, max_norm in config.cells
-        for seed in config.seeds
+        functools.partial(_train, config, task, *cell, seed) for cell in config.cells for seed in config.seeds
     ]
     found, seconds = run_tasks(tasks, checkpoint=partial / "tasks.pt", identity=identity, label=NAME)
     rows = [row for part in found for row in part]
     series = {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
     scalars = {
         **summarise(series),
-        "model.parameters": sum(p.numel() for p in _model(config, corpus, 0).parameters()),
-        "data.tokens": len(corpus.train),
-        "data.vocabulary": len(corpus.vocabulary),
-        "data.sha256": corpus.sha256,
+        "model.parameters": sum(p.numel() for p in task.model(0).parameters()),
+        "data.tokens": len(task.text.train),
+        "data.vocabulary": len(task.text.vocabulary),
+        "data.sha256": task.sha256,
     }
     return series, scalars, seconds
 
 
-def _model(config: Config, corpus: text.Corpus, seed: int) -> LanguageModel:
-    return LanguageModel(
-        len(corpus.vocabulary),
-        embedding=config.embedding,
-        hidden=config.hidden,
-        layers=config.layers,
-        generator=torch.Generator().manual_seed(seed),
-    ).to(config.device)
-
-
-def _train(config: Config, corpus: text.Corpus, lr: float, max_norm: float, seed: int) -> list[Row]:
-    model = _model(config, corpus, seed)
+def _train(config: Config, task: Language, lr: float, max_norm: float, full: bool, seed: int) -> list[Row]:
+    model = task.model(seed)
     params = list(model.parameters())
     optimizer = ClippedSGD(params, lr, max_norm=max_norm)
     directions = torch.Generator().manual_seed(seed + 1)
-
-    def segments(words: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return text.segments(text.batchify(words.to(config.device), config.batch), config.bptt)
-
-    training, start = segments(corpus.train), model.initial_state(config.batch)
-    fixed_words, fixed_targets = segments(corpus.valid)[0]
-    state, rows = start, []
-    for k in range(config.steps):
-        words, targets = training[k % len(training)]
-        before = start if k % len(training) == 0 else state
-        loss, state = model.loss(words, targets, before)
-        if not loss.item() <= 10 * math.log(len(corpus.vocabulary)):
+    state, rows = task.start(), []
+    for k in range(config.full_steps if full else config.steps):
+        number, before = (0, None) if full else (k, state)
+        loss, state = task.loss(model, number, before)
+        if not loss.item() <= 10 * task.guess:
             if rows:
                 rows[-1]["diverged"] = 1.0
             break
         optimizer.zero_grad()
         loss.backward()
-        gradient, here = [p.grad for p in params], _copies(params)
+        gradient, here = [p.grad for p in params], copies(params)
         optimizer.step()
-        if k % config.probe_every:
+        if k % (config.full_every if full else config.probe_every):
             continue
-        ahead = _copies(params)
+        ahead = copies(params)
         update = [b - a for a, b in zip(here, ahead, strict=True)]
-        _assign(params, here)
+        norm = optimizer.last_norm.item()
+        factor = 1.0 if math.isfinite(max_norm) else min(1.0, config.swap_max_norm / norm)
+        swapped = [-lr * factor * g for g in gradient]
+        assign(params, here)
         rows.append(
             {
                 "lr": lr,
                 "max_norm": max_norm,
+                "full": float(full),
                 "seed": seed,
                 "iteration": k,
                 "loss": loss.item(),
-                "grad_norm": optimizer.last_norm.item(),
+                "grad_norm": norm,
                 "clip_factor": optimizer.last_factor.item(),
                 "update_length": total_norm(update).item(),
+                "swapped_length": lr * factor * norm,
                 **_probe(
-                    config,
-                    k,
-                    lambda w=words, t=targets, s=before: model.loss(w, t, s)[0],
-                    lambda: model.loss(fixed_words, fixed_targets, start)[0],
+                    _due(config, k, full),
+                    losses(task, model, number, before),
+                    lambda: task.fixed(model),
                     params,
                     gradient,
                     update,
+                    swapped,
                     directions,
                 ),
                 "diverged": 0.0,
             }
         )
-        _assign(params, ahead)
+        assign(params, ahead)
     return rows
 
 
+def _due(config: Config, k: int, full: bool) -> tuple[bool, bool, bool]:
+    """Whether the Hessian-vector product, the other fractions and batches, and the Hessian norm are due."""
+    if full:
+        return True, False, True
+    products = k % config.product_every == 0
+    return products, products, k % config.hessian_every == config.hessian_every // 2
+
+
 def _probe(
-    config: Config,
-    k: int,
+    due: tuple[bool, bool, bool],
     batch: Callable[[], Tensor],
     fixed: Callable[[], Tensor],
     params: list[Tensor],
     gradient: list[Tensor],
     update: list[Tensor],
+    swapped: list[Tensor],
     directions: torch.Generator,
 ) -> Row:
     """Measure at x_k, where the parameters are."""
-    rare = ("along", "random", "fixed_grad_norm", "fixed", "hessian_norm")
+    rare = ("swapped", "along", "random", "fixed_grad_norm", "fixed", "hessian_norm")
     row = dict.fromkeys((*(f"path_{a:g}" for a in FRACTIONS), *rare), math.nan)
-    products = k % config.product_every == 0
-    fractions = FRACTIONS if products else (LOCAL, MIDPOINT)
+    product_due, others_due, hessian_due = due
+    fractions = FRACTIONS if others_due else (LOCAL, MIDPOINT)
     path = path_smoothness(batch, params, update, fractions=fractions, grad=gradient)
     row |= {f"path_{a:g}": value for a, value in zip(fractions, path.values, strict=True)}
-    if products:
+    row["swapped"] = path_smoothness(batch, params, swapped, fractions=(MIDPOINT,), grad=gradient).value
+    if product_due:
         row["along"] = directional_smoothness(batch, params, update)
+    if others_due:
         # Drawn on the CPU, so that a seed gives the same directions on every device.
         draws = [torch.randn(p.shape, generator=directions).to(p) for p in params]
         row["random"] = directional_smoothness(batch, params, draws)
         other = path_smoothness(fixed, params, update, fractions=(LOCAL,))
         row |= {"fixed_grad_norm": other.grad_norm, "fixed": other.value}
-    if k % config.hessian_every == config.hessian_every // 2:
+    if hessian_due:
         row["hessian_norm"] = hessian_norm(batch, params).value
     return row
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().clone() for t in tensors]
-
-
-@torch.no_grad()
-def _assign(params: list[Tensor], values: list[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
 
 
 # Statistics
@@ -400,14 +448,15 @@ def subsets(series: Series) -> dict[str, np.ndarray]:
         series: The columns of a record.
     """
     lr, max_norm, factor, k = (series[name] for name in ("lr", "max_norm", "clip_factor", "iteration"))
-    grid = np.isfinite(max_norm)
-    late = k >= k.max() / 4
+    full = series["full"] == 1
+    grid = np.isfinite(max_norm) & ~full
+    late = k >= np.where(full, k.max(initial=0), k[~full].max(initial=0)) / 4
     plain = {}
-    for value in np.unique(lr[~grid]):
-        rows = ~grid & (lr == value)
+    for value in np.unique(lr[~grid & ~full]):
+        rows = ~grid & ~full & (lr == value)
         plain |= {f"plain_{value:g}": rows, f"late_plain_{value:g}": rows & late}
     parts = {"clipped": factor < 1, "unclipped": factor == 1, "late": late}
-    return {"grid": grid, **{name: grid & part for name, part in parts.items()}, **plain}
+    return {"grid": grid, **{name: grid & part for name, part in parts.items()}, **plain, "full": full}
 
 
 def fits(series: Series, estimator: str, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -478,8 +527,12 @@ def summarise(series: Series) -> dict[str, float | int]:
             scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: line(p)[0], pairs, seeds)
             scalars |= _intervals(f"{name}.pearson_{estimator}", lambda p: line(p)[1], pairs, seeds)
             scalars[f"{name}.shuffled_{estimator}"] = float(np.quantile(np.abs(_shuffled(pairs)), 0.975))
-        for estimator, fraction in (("midpoint", MIDPOINT), ("local", LOCAL)):
-            scalars |= _mechanical(series, name, estimator, fraction, mask)
+        for estimator, height in (
+            ("midpoint", level(series, MIDPOINT)),
+            ("local", level(series, LOCAL)),
+            ("swapped", series["grad_norm"] / (MIDPOINT * series["swapped_length"])),
+        ):
+            scalars |= _mechanical(series, name, estimator, height, mask)
             left, pearson = (scalars[f"{name}.{key}_{estimator}"] for key in ("level", "pearson"))
             scalars[f"{name}.level_share_{estimator}"] = left / pearson
     scalars["grid.clipped_share"] = scalars["clipped.count"] / scalars["grid.count"]
@@ -487,10 +540,19 @@ def summarise(series: Series) -> dict[str, float | int]:
         if name.startswith("plain"):
             scalars[f"{name}.diverged"] = int(series["diverged"][mask].sum())
     scalars |= _partial(series, masks["grid"])
-    for kind in ("clipped", "unclipped", "late_clipped"):
-        rows = np.logical_and.reduce([masks[part] for part in kind.split("_")]) & np.isfinite(
-            series["hessian_norm"]
-        )
+    k, unclipped = series["iteration"], series["clip_factor"] == 1
+    full = masks["full"] & (k >= k[masks["full"]].max(initial=0) / 4)
+    settled = masks["full"] & (k >= k[masks["full"]].max(initial=0) * 3 / 4)
+    kinds = {
+        "clipped": masks["clipped"],
+        "unclipped": masks["unclipped"],
+        "late_clipped": masks["late"] & masks["clipped"],
+        "full_clipped": full & ~unclipped,
+        "full_unclipped": full & unclipped,
+        "full_settled": settled & unclipped,
+    }
+    for kind, chosen_rows in kinds.items():
+        rows = chosen_rows & np.isfinite(series["hessian_norm"])
         scalars[f"edge.count_{kind}"] = int(rows.sum())
         runs = list(_runs(series, rows))
         seeds = np.array([series["seed"][run[0]] for run in runs])
@@ -546,11 +608,10 @@ def _partial(series: Series, mask: np.ndarray) -> dict[str, float]:
 
 
 def _mechanical(
-    series: Series, subset: str, estimator: str, fraction: float, mask: np.ndarray
+    series: Series, subset: str, estimator: str, height: np.ndarray, mask: np.ndarray
 ) -> dict[str, float]:
     """Saturation, and the correlation that is left when ρ is shuffled and the level is not."""
     column, _ = ESTIMATORS[estimator]
-    height = level(series, fraction)
     change = (series[column] / height)[mask]
     scalars = {f"{subset}.saturation_{estimator}": float(np.median(change)) if change.size else math.nan}
     generator, draws = np.random.default_rng(0), []
@@ -574,7 +635,7 @@ def _shuffled(pairs: list[np.ndarray]) -> np.ndarray:
 
 def _runs(series: Series, mask: np.ndarray) -> Iterator[np.ndarray]:
     """Row numbers of each run under the mask, in the order of the rows."""
-    keys = np.stack([series[name] for name in ("lr", "max_norm", "seed")], axis=1)
+    keys = np.stack([series[name] for name in ("lr", "max_norm", "full", "seed")], axis=1)
     chosen = np.flatnonzero(mask)
     for key in np.unique(keys[chosen], axis=0):
         yield chosen[(keys[chosen] == key).all(axis=1)]
