@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d
 
-from gradclip.models.resnet import ResNet
+from gradclip.models.resnet import Activation, ResNet
 
 
 def generator(seed=0):
@@ -141,3 +141,43 @@ def test_every_parameter_gets_a_gradient(norm):
 def test_sizes_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         ResNet(**{name: 0})
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 4.0, 64.0])
+def test_the_smooth_activation_is_softplus_and_keeps_its_distance_from_relu(sharpness):
+    z = torch.linspace(-3, 3, 601, dtype=torch.float64, requires_grad=True)
+    value = Activation(sharpness)(z)
+    # Independent: logaddexp. Beyond β z = 20 torch takes z itself, which is off by e⁻²⁰/β < 2.1e-9/β.
+    expected = torch.logaddexp(torch.zeros_like(z), sharpness * z) / sharpness
+    torch.testing.assert_close(value, expected, rtol=0, atol=2.1e-9 / sharpness)
+    gap = value - z.relu()
+    assert gap.min() >= -1e-15
+    assert gap.max().item() == pytest.approx(math.log(2) / sharpness, rel=1e-12)
+    assert gap.argmax() == 300  # at z = 0
+    (slope,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    assert curvature.max().item() == pytest.approx(sharpness / 4, rel=1e-9)
+
+
+def test_an_infinitely_sharp_activation_is_relu_and_a_sharp_one_is_close():
+    x = images(batch=2, size=8)
+    exact = make(blocks=1, width=4)(x)
+    gaps = [(make(blocks=1, width=4, sharpness=b)(x) - exact).abs().max().item() for b in (10, 100, 1000)]
+    # Each unit is off by ln 2 / β at most, and by far less once 1/β is below its distance from zero.
+    assert gaps[0] > 10 * gaps[1] > 100 * gaps[2] > 0
+    assert torch.equal(make(blocks=1, width=4, sharpness=math.inf)(x), exact)
+
+
+def test_one_activation_serves_the_whole_network():
+    model, seen = make(blocks=2, width=4), []
+    model.activation.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(images(size=8))
+    assert len(seen) == 1 + 2 * 6  # after the stem, and twice in each of six blocks
+    model.activation.sharpness = 8.0
+    assert torch.equal(model(images(size=8)), make(blocks=2, width=4, sharpness=8.0)(images(size=8)))
+
+
+@pytest.mark.parametrize("sharpness", [0.0, -1.0, math.nan])
+def test_sharpness_is_checked(sharpness):
+    with pytest.raises(ValueError, match=f"sharpness must be positive, got {sharpness}"):
+        ResNet(sharpness=sharpness)

@@ -172,6 +172,7 @@ class Pictures:
         held_out: Training images that are not trained on and make the validation loss.
         augment: Whether images are shifted and mirrored, as is usual for CIFAR-10. Digits lose their meaning.
         device: ``"cpu"`` or ``"cuda"``.
+        sharpness: Of the activation; infinite is ReLU.
     """
 
     images: str
@@ -182,6 +183,7 @@ class Pictures:
     held_out: int
     augment: bool
     device: str = "cpu"
+    sharpness: float = math.inf
 
     @functools.cached_property
     def data(self) -> images.Images:
@@ -228,6 +230,7 @@ class Pictures:
             width=self.width,
             channels=self.data.train.shape[-1],
             batch_norm=self.batch_norm,
+            sharpness=self.sharpness,
             generator=torch.Generator().manual_seed(seed),
         ).to(self.device)
 
@@ -252,8 +255,14 @@ class Pictures:
         rows = self._split[1][: self.batch].to(self.device)
         return self._loss(model, *(part[rows] for part in self._on_device))
 
+    def leading(self, model: ResNet, start: int, stop: int) -> Tensor:
+        """Loss of training images ``start`` to ``stop`` - 1 in the order of the set, not augmented."""
+        rows = self._split[0][start:stop].to(self.device)
+        return self._loss(model, *(part[rows] for part in self._on_device))
+
     def _loss(self, model: ResNet, pixels: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(model(images.normalise(pixels, *self._statistics)), labels)
+        dtype = model.classifier.weight.dtype
+        return cross_entropy(model(images.normalise(pixels, *self._statistics, dtype=dtype)), labels)
 
     def evaluate(self, model: ResNet) -> dict[str, float]:
         """Validation loss, and ``accuracy``, the share of held-out images with the right class."""

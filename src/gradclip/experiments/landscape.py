@@ -113,6 +113,7 @@ from torch import Tensor
 
 from gradclip.experiments._probing import assign, copies
 from gradclip.experiments._shell import chosen, recorded, run_tasks
+from gradclip.experiments._statistics import line, partial_correlation
 from gradclip.experiments._tasks import Language, losses
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -476,8 +477,8 @@ def fits(series: Series, estimator: str, rows: np.ndarray) -> dict[str, np.ndarr
         if len(run) >= _FITTED and np.ptp(series[norm][run]) > 0:
             first = run[0]
             mechanical = 2 / (series["lr"][first] * series["max_norm"][first])
-            line = fit(series[norm][run], series[column][run], method="ols")
-            found.append((mechanical, line.L1, series["seed"][first]))
+            fitted = fit(series[norm][run], series[column][run], method="ols")
+            found.append((mechanical, fitted.L1, series["seed"][first]))
     return dict(zip(("mechanical", "l1", "seed"), np.array(found).reshape(-1, 3).T, strict=True))
 
 
@@ -516,15 +517,15 @@ def summarise(series: Series) -> dict[str, float | int]:
             x, y = np.log(found["mechanical"][positive]), np.log(found["l1"][positive])
             pairs = [np.array([[a, b]]) for a, b in zip(x, y, strict=True)]
             seeds = found["seed"][positive]
-            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: _line(p)[0], pairs, seeds)
+            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: line(p)[0], pairs, seeds)
             scalars |= _intervals(f"{name}.ratio_{estimator}", _ratio, pairs, seeds)
     for name, mask in masks.items():
         scalars[f"{name}.count"] = int(mask.sum())
         for estimator in ESTIMATORS:
             pairs, seeds = _pairs(series, estimator, mask)
             pairs = [pair - pair.mean(axis=0) for pair in pairs]
-            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: _line(p)[0], pairs, seeds)
-            scalars |= _intervals(f"{name}.pearson_{estimator}", lambda p: _line(p)[1], pairs, seeds)
+            scalars |= _intervals(f"{name}.slope_{estimator}", lambda p: line(p)[0], pairs, seeds)
+            scalars |= _intervals(f"{name}.pearson_{estimator}", lambda p: line(p)[1], pairs, seeds)
             scalars[f"{name}.shuffled_{estimator}"] = float(np.quantile(np.abs(_shuffled(pairs)), 0.975))
         for estimator, height in (
             ("midpoint", level(series, MIDPOINT)),
@@ -557,7 +558,7 @@ def summarise(series: Series) -> dict[str, float | int]:
         seeds = np.array([series["seed"][run[0]] for run in runs])
         pairs = [np.log(np.stack([edge(series)[r], series["hessian_norm"][r]], axis=1)) for r in runs]
         scalars |= _intervals(f"edge.ratio_{kind}", _median_ratio, pairs, seeds)
-        scalars |= _intervals(f"edge.slope_{kind}", lambda p: _line(p)[0], pairs, seeds)
+        scalars |= _intervals(f"edge.slope_{kind}", lambda p: line(p)[0], pairs, seeds)
     return (
         scalars
         | _fractions(series, "fraction", masks["grid"])
@@ -598,11 +599,11 @@ def _partial(series: Series, mask: np.ndarray) -> dict[str, float]:
     controls = np.stack([np.log(length), k, np.log1p(k)], axis=1)
     for estimator in ("midpoint", "local", "along", "fixed"):
         runs, seeds = _pairs(series, estimator, mask, controls)
-        scalars |= _intervals(f"partial.pearson_{estimator}", _partial_correlation, runs, seeds)
+        scalars |= _intervals(f"partial.pearson_{estimator}", partial_correlation, runs, seeds)
         within = [run - run.mean(axis=0) for run in runs]
-        scalars |= _intervals(f"partial_within.pearson_{estimator}", _partial_correlation, within, seeds)
+        scalars |= _intervals(f"partial_within.pearson_{estimator}", partial_correlation, within, seeds)
         changes = [np.diff(run[:, :2], axis=0) for run in runs]
-        scalars |= _intervals(f"difference.pearson_{estimator}", lambda p: _line(p)[1], changes, seeds)
+        scalars |= _intervals(f"difference.pearson_{estimator}", lambda p: line(p)[1], changes, seeds)
     return scalars
 
 
@@ -618,7 +619,7 @@ def _mechanical(
     logs = [(np.log(series["grad_norm"][r]), np.log(height[r]), np.log(series[column][r])) for r in runs]
     for _ in range(_SHUFFLES):
         pairs = [np.stack([g, h + generator.permutation(s - h)], axis=1) for g, h, s in logs]
-        draws.append(_line(_joined([pair - pair.mean(axis=0) for pair in pairs]))[1])
+        draws.append(line(_joined([pair - pair.mean(axis=0) for pair in pairs]))[1])
     return scalars | {f"{subset}.level_{estimator}": float(np.mean(draws))}
 
 
@@ -626,7 +627,7 @@ def _shuffled(pairs: list[np.ndarray]) -> np.ndarray:
     generator = np.random.default_rng(0)
     return np.array(
         [
-            _line(_joined([np.stack([p[:, 0], generator.permutation(p[:, 1])], axis=1) for p in pairs]))[1]
+            line(_joined([np.stack([p[:, 0], generator.permutation(p[:, 1])], axis=1) for p in pairs]))[1]
             for _ in range(_SHUFFLES)
         ]
     )
@@ -657,32 +658,12 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, 2))
 
 
-def _line(pairs: np.ndarray) -> tuple[float, float]:
-    """Slope of the least-squares line of the second column on the first, and their correlation."""
-    if len(pairs) < 3:
-        return math.nan, math.nan
-    x, y = (pairs[:, :2] - pairs[:, :2].mean(axis=0)).T
-    xx, xy, yy = x @ x, x @ y, y @ y
-    if xx == 0 or yy == 0:
-        return math.nan, math.nan
-    return float(xy / xx), float(xy / math.sqrt(xx * yy))
-
-
 def _ratio(pairs: np.ndarray) -> float:
     return float(np.exp((pairs[:, 1] - pairs[:, 0]).mean())) if len(pairs) else math.nan
 
 
 def _median_ratio(pairs: np.ndarray) -> float:
     return float(np.exp(np.median(pairs[:, 1] - pairs[:, 0]))) if len(pairs) else math.nan
-
-
-def _partial_correlation(table: np.ndarray) -> float:
-    """Correlation of the first two columns' residuals from least squares on the others and a constant."""
-    if len(table) <= table.shape[1] + 1:
-        return math.nan
-    controls = np.concatenate([np.ones((len(table), 1)), table[:, 2:]], axis=1)
-    coefficients = np.linalg.lstsq(controls, table[:, :2], rcond=None)[0]
-    return _line(table[:, :2] - controls @ coefficients)[1]
 
 
 def _intervals(

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, relu
+from torch.nn.functional import pad, relu, softplus
 from torch.nn.utils import skip_init
 
 
@@ -32,6 +32,7 @@ class ResNet(nn.Module):
         width: Channels of the first stage; the others have 2 and 4 times as many.
         channels: Channels of the images.
         batch_norm: Whether every convolution is followed by batch norm.
+        sharpness: Of the activation; see :class:`Activation`. Infinite, as in the paper, is ReLU.
         generator: CPU generator of the initial weights; torch's global one by default.
 
     Raises:
@@ -54,6 +55,7 @@ class ResNet(nn.Module):
         width: int = 16,
         channels: int = 3,
         batch_norm: bool = True,
+        sharpness: float = math.inf,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +63,7 @@ class ResNet(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        self.activation = Activation(sharpness)
         self.stem = _Convolution(channels, width, batch_norm=batch_norm, generator=generator)
         branch_scale = 1.0 if batch_norm else 1 / math.sqrt(3 * blocks)
         self.blocks = nn.Sequential()
@@ -69,7 +72,9 @@ class ResNet(nn.Module):
             after = width * 2**stage
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                self.blocks.append(_Block(before, after, stride, batch_norm, branch_scale, generator))
+                self.blocks.append(
+                    _Block(before, after, stride, batch_norm, branch_scale, self.activation, generator)
+                )
                 before = after
         self.classifier = skip_init(nn.Linear, before, classes)
         nn.init.normal_(self.classifier.weight, std=1 / math.sqrt(before), generator=generator)
@@ -77,7 +82,32 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes) from images of shape (batch, channels, height, width)."""
-        return self.classifier(self.blocks(relu(self.stem(images))).mean((2, 3)))
+        return self.classifier(self.blocks(self.activation(self.stem(images))).mean((2, 3)))
+
+
+class Activation(nn.Module):
+    """ReLU, or a smooth function close to it.
+
+    With β the sharpness, ln(1 + exp(β z)) / β, the softplus function. It is above max(0, z) by at most
+    ln 2 / β, at z = 0, and its second derivative is at most β / 4. As β → ∞ it becomes max(0, z), whose first
+    derivative jumps at 0. One object serves the whole network, so that a hook on it sees every unit.
+
+    Args:
+        sharpness: β. Where β z > 20 the function is z to within 1e-9 / β, and torch computes z.
+
+    Raises:
+        ValueError: ``sharpness`` is not positive.
+    """
+
+    def __init__(self, sharpness: float = math.inf) -> None:
+        super().__init__()
+        if not sharpness > 0:
+            raise ValueError(f"sharpness must be positive, got {sharpness}")
+        self.sharpness = sharpness
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The function of every element."""
+        return relu(z) if math.isinf(self.sharpness) else softplus(z, self.sharpness)
 
 
 class _Convolution(nn.Sequential):
@@ -111,16 +141,18 @@ class _Block(nn.Module):
         stride: int,
         batch_norm: bool,
         scale: float,
+        activation: "Activation",
         generator: torch.Generator | None,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.first = _Convolution(before, after, stride=stride, batch_norm=batch_norm, generator=generator)
         self.second = _Convolution(after, after, batch_norm=batch_norm, scale=scale, generator=generator)
         self.stride = stride
         self.new_channels = after - before
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.second(relu(self.first(x)))
+        branch = self.second(self.activation(self.first(x)))
         if self.stride > 1:
             x = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
-        return relu(x + branch)
+        return self.activation(x + branch)
