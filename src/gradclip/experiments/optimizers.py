@@ -80,8 +80,8 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments import language_model as lm
 from gradclip.experiments._shell import chosen, html_table, paired, recorded, with_range
+from gradclip.experiments._tasks import CORPORA, EVALUATION_BATCH
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD, MixedClippedSGD, ParameterAgnosticLR, PolyakClippedSGD
@@ -186,7 +186,7 @@ class Config:
 
     Args:
         name: Name of the profile.
-        corpus: A key of ``language_model.CORPORA``.
+        corpus: A key of ``_tasks.CORPORA``.
         embedding: Width of the embedding and of the last LSTM layer.
         hidden: Units of the other LSTM layers.
         layers: LSTM layers.
@@ -292,7 +292,7 @@ def run(config: Config, out: str | Path) -> Record:
     Raises:
         DataError: The corpus is missing or damaged.
     """
-    corpus = lm.CORPORA[config.corpus]()
+    corpus = CORPORA[config.corpus]()
     grids = {
         name: {"first": list(METHODS[name].first), "second": list(METHODS[name].second)}
         for name in config.methods
@@ -337,7 +337,7 @@ class _Runs:
         self.config, self.corpus = config, corpus
         streams = text.batchify(corpus.train.to(config.device), config.batch)
         self.segments = text.segments(streams, config.bptt)
-        valid = text.batchify(corpus.valid.to(config.device), lm.EVALUATION_BATCH)
+        valid = text.batchify(corpus.valid.to(config.device), EVALUATION_BATCH)
         self.valid = text.segments(valid, 35)
         self.untrained = self.validation_loss(self.model(config.tuning_seed))
         self.losses: dict[str, list[float]] = {name: [] for name in config.methods}
@@ -410,7 +410,7 @@ class _Runs:
     @torch.no_grad()
     def validation_loss(self, model: LanguageModel) -> float:
         """Mean loss over the validation text, hidden state carried from segment to segment."""
-        state, losses = model.initial_state(lm.EVALUATION_BATCH), []
+        state, losses = model.initial_state(EVALUATION_BATCH), []
         for words, targets in self.valid:
             loss, state = model.loss(words, targets, state)
             losses.append(loss.item())
