@@ -7,11 +7,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradclip.data import images, text
-from gradclip.experiments._tasks import Language, Pictures, described, losses
+from gradclip.experiments._tasks import Characters, Language, Pictures, described, losses
 
 LANGUAGE = Language("reference-manual", embedding=8, hidden=12, layers=2, batch=4, bptt=6)
 PICTURES = Pictures("digits", blocks=1, width=4, batch=32, batch_norm=True, held_out=287, augment=False)
-TASKS = pytest.mark.parametrize("task", [LANGUAGE, PICTURES], ids=["language", "pictures"])
+CHARACTERS = Characters("reference-manual", width=8, heads=2, layers=1, context=6, batch=4)
+TASKS = pytest.mark.parametrize(
+    "task", [LANGUAGE, PICTURES, CHARACTERS], ids=["language", "pictures", "characters"]
+)
 
 
 def flat(model):
@@ -73,6 +76,33 @@ def test_the_fixed_batch_of_language_is_of_the_validation_text():
     model = LANGUAGE.model(0)
     words, targets = text.segments(text.batchify(corpus.valid, 4), 6)[0]
     assert LANGUAGE.fixed(model).item() == model.loss(words, targets, model.initial_state(4))[0].item()
+
+
+def test_character_batches_are_the_segments_and_begin_anew():
+    corpus = text.reference_manual_characters()
+    assert (CHARACTERS.guess, CHARACTERS.sha256) == (math.log(len(corpus.vocabulary)), corpus.sha256)
+    segments = text.segments(text.batchify(corpus.train, 4), 6)
+    model = CHARACTERS.model(0)
+    for k, number in ((0, 0), (3, 3), (len(segments), 0), (2 * len(segments) + 1, 1)):
+        loss, state = CHARACTERS.loss(model, k, None)
+        assert state is None
+        assert loss.item() == model.loss(*segments[number]).item()
+
+
+def test_the_score_of_characters_is_that_of_the_beginning_of_the_validation_text():
+    valid = text.reference_manual_characters().valid
+    model = CHARACTERS.model(0)
+    words, targets = text.segments(text.batchify(valid[:20_000], 4), 6)[0]
+    assert CHARACTERS.fixed(model).item() == model.loss(words, targets).item()
+    # One text after the other in float64: 4 streams of 5000, of which segments of 6 use 4998.
+    model, losses = model.double(), []
+    with torch.no_grad():
+        for j in range(4):
+            stream = valid[5000 * j : 5000 * (j + 1)]
+            for i in range(0, 4998, 6):
+                losses.append(model.loss(stream[i : i + 6, None], stream[i + 1 : i + 7, None]).item())
+    # float32 rounds a loss of 5 by 3e-7; the mean of thousands is not worse.
+    assert CHARACTERS.evaluate(model.float())["valid"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
 def test_an_epoch_of_pictures_shows_each_training_image_at_most_once(monkeypatch):

@@ -74,6 +74,27 @@ def test_a_python_without_the_manual_is_told_so(monkeypatch):
         text.reference_manual()
 
 
+def test_the_manual_by_characters_is_the_text_that_python_carries(manual):
+    from pydoc_data.topics import topics
+
+    corpus = text.reference_manual_characters()
+    raw = "\n".join(topics[name] for name in sorted(topics))
+    assert corpus.sha256 == manual.sha256
+    parts = [corpus.train, corpus.valid, corpus.test]
+    known = set(corpus.vocabulary)
+    decoded = [corpus.vocabulary[i] for part in parts for i in part.tolist()]
+    assert decoded == [character if character in known else "<unk>" for character in raw]
+    assert [len(corpus.train), len(corpus.valid)] == [
+        len(raw) * 8 // 10,
+        len(raw) * 9 // 10 - len(raw) * 8 // 10,
+    ]
+    counts = Counter(raw[: len(corpus.train)])
+    assert known == {"<unk>"} | {character for character in counts if counts[character] >= 5}
+    assert {" ", "\n"} <= known
+    with pytest.raises(ValueError, match="min_count must be at least 1, got 0"):
+        text.reference_manual_characters(min_count=0)
+
+
 PTB = {
     "ptb.train.txt": " the <unk> sat \n on the mat N \n",
     "ptb.valid.txt": " the mat \n",
@@ -101,6 +122,15 @@ def test_penn_treebank_ends_lines_and_numbers_words_by_first_appearance(ptb):
     assert corpus.test.tolist() == [5, 2, 3]
     assert corpus.sha256 == hashlib.sha256("".join(PTB.values()).encode()).hexdigest()
     assert text.penn_treebank(ptb).sha256 == corpus.sha256
+
+
+def test_penn_treebank_by_characters_is_the_text_of_the_files(ptb):
+    corpus = text.penn_treebank_characters()
+    assert corpus.vocabulary[0] == "<unk>"
+    assert set(corpus.vocabulary[1:]) == set(PTB["ptb.train.txt"])
+    for part, content in zip((corpus.train, corpus.valid, corpus.test), PTB.values(), strict=True):
+        assert "".join(corpus.vocabulary[i] for i in part.tolist()) == content
+    assert corpus.sha256 == text.penn_treebank(ptb).sha256
 
 
 @pytest.mark.parametrize("name", sorted(PTB))

@@ -2,6 +2,7 @@
 
 Two corpora. :func:`reference_manual` needs no download: it is the text of the Python language reference that
 every CPython carries for ``help()``. :func:`penn_treebank` is the corpus of the 2020 paper, read from files.
+Both come by characters too: :func:`reference_manual_characters` and :func:`penn_treebank_characters`.
 """
 
 import hashlib
@@ -79,28 +80,52 @@ def reference_manual(*, min_count: int = 5) -> Corpus:
     """
     if min_count < 1:
         raise ValueError(f"min_count must be at least 1, got {min_count}")
+    text = _manual()
+    return _frequent("reference-manual", _split(tokenise(text)), min_count, text)
+
+
+def reference_manual_characters(*, min_count: int = 5) -> Corpus:
+    """The text of :func:`reference_manual` by characters, line ends and spaces among them.
+
+    Args:
+        min_count: A character seen less often than this in the training part is replaced by ``<unk>``.
+
+    Returns:
+        The corpus, some 700,000 characters, split as the one of words is, by number of characters.
+
+    Raises:
+        DataError: As for :func:`reference_manual`.
+        ValueError: ``min_count`` is less than 1.
+    """
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1, got {min_count}")
+    text = _manual()
+    return _frequent("reference-manual-characters", _split(text), min_count, text)
+
+
+def _manual() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError(
             "this Python carries no pydoc_data.topics; install its full standard library"
         ) from None
-    text = "\n".join(topics[name] for name in sorted(topics))
-    tokens = tokenise(text)
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def _split(tokens: Sequence[str]) -> list[Sequence[str]]:
     ends = [len(tokens) * 8 // 10, len(tokens) * 9 // 10]
-    train, valid, test = tokens[: ends[0]], tokens[ends[0] : ends[1]], tokens[ends[1] :]
-    counts = Counter(train)
+    return [tokens[: ends[0]], tokens[ends[0] : ends[1]], tokens[ends[1] :]]
+
+
+def _frequent(name: str, parts: Sequence[Sequence[str]], min_count: int, text: str) -> Corpus:
+    """A corpus of three parts whose vocabulary is what the first one holds often enough."""
+    counts = Counter(parts[0])
     words = sorted((word for word in counts if counts[word] >= min_count), key=lambda w: (-counts[w], w))
     vocabulary = (UNKNOWN, *words)
     number = {word: i for i, word in enumerate(vocabulary)}
-    return Corpus(
-        name="reference-manual",
-        train=_encode(train, number),
-        valid=_encode(valid, number),
-        test=_encode(test, number),
-        vocabulary=vocabulary,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
-    )
+    train, valid, test = (_encode(part, number) for part in parts)
+    return Corpus(name, train, valid, test, vocabulary, hashlib.sha256(text.encode()).hexdigest())
 
 
 def penn_treebank(folder: str | Path | None = None) -> Corpus:
@@ -117,17 +142,36 @@ def penn_treebank(folder: str | Path | None = None) -> Corpus:
         DataError: A file is missing or has another hash than ``PTB_SHA256``; the message names the path and
             both hashes.
     """
-    folder = data_folder("ptb") if folder is None else Path(folder)
-    raw = b""
-    parts = []
-    for name, expected in PTB_SHA256.items():
-        data = read_checked(folder / name, expected)
-        raw += data
-        lines = data.decode().splitlines()
-        parts.append([word for line in lines for word in (*line.split(), END_OF_SENTENCE)])
+    texts = _treebank(folder)
+    parts = [
+        [word for line in text.splitlines() for word in (*line.split(), END_OF_SENTENCE)] for text in texts
+    ]
     number = {word: i for i, word in enumerate(dict.fromkeys(parts[0]))}
     train, valid, test = (_encode(part, number) for part in parts)
-    return Corpus("penn-treebank", train, valid, test, tuple(number), hashlib.sha256(raw).hexdigest())
+    sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
+    return Corpus("penn-treebank", train, valid, test, tuple(number), sha256)
+
+
+def penn_treebank_characters(folder: str | Path | None = None) -> Corpus:
+    """The files of :func:`penn_treebank` by characters.
+
+    They are the files for language models by words: the rare words are already ``<unk>``, five characters
+    here, and a line begins and ends with a space. Character-level results elsewhere mostly use other files,
+    and are not comparable.
+
+    Args:
+        folder: As for :func:`penn_treebank`; so is what is raised.
+
+    Returns:
+        The corpus, some five million training characters.
+    """
+    texts = _treebank(folder)
+    return _frequent("penn-treebank-characters", texts, 1, "".join(texts))
+
+
+def _treebank(folder: str | Path | None) -> list[str]:
+    folder = data_folder("ptb") if folder is None else Path(folder)
+    return [read_checked(folder / name, expected).decode() for name, expected in PTB_SHA256.items()]
 
 
 def _encode(words: Sequence[str], number: dict[str, int]) -> Tensor:

@@ -19,12 +19,18 @@ from gradclip import parallel
 from gradclip.data import images, text
 from gradclip.models.lstm import LanguageModel
 from gradclip.models.resnet import ResNet
+from gradclip.models.transformer import CharacterModel
 
 CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
+CHARACTER_CORPORA = {
+    "reference-manual": text.reference_manual_characters,
+    "penn-treebank": text.penn_treebank_characters,
+}
 IMAGE_SETS = {"digits": images.digits, "cifar10": images.cifar10}
 EVALUATION_BATCH = 10  # streams of validation text
 _EVALUATION_BPTT = 35
 _EVALUATION_IMAGES = 500  # at a time
+_EVALUATION_CHARACTERS = 20_000  # a standard error of 1 % of the loss
 
 State = Any  # what a batch leaves for the next one: the LSTM's hidden state, or None
 
@@ -156,6 +162,83 @@ class Language:
         for words, targets in text.segments(streams, _EVALUATION_BPTT):
             loss, state = model.loss(words, targets, state)
             losses.append(loss.item())
+        return {"valid": sum(losses) / len(losses)}
+
+
+@dataclass(frozen=True)
+class Characters:
+    """The transformer on a text by characters.
+
+    Args:
+        corpus: A key of ``CHARACTER_CORPORA``.
+        width: Width of the network.
+        heads: Attention heads.
+        layers: Layers.
+        context: Characters per stream and step.
+        batch: Streams of text side by side.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    corpus: str
+    width: int
+    heads: int
+    layers: int
+    context: int
+    batch: int
+    device: str = "cpu"
+
+    @functools.cached_property
+    def text(self) -> text.Corpus:
+        """The corpus, read when it is first needed."""
+        return CHARACTER_CORPORA[self.corpus]()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text."""
+        return self.text.sha256
+
+    @property
+    def guess(self) -> float:
+        """ln V."""
+        return math.log(len(self.text.vocabulary))
+
+    @functools.cached_property
+    def segments(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches of training text, characters and the characters that follow."""
+        return text.segments(text.batchify(self.text.train.to(self.device), self.batch), self.context)
+
+    @functools.cached_property
+    def _valid(self) -> list[tuple[Tensor, Tensor]]:
+        some = self.text.valid[:_EVALUATION_CHARACTERS].to(self.device)
+        return text.segments(text.batchify(some, self.batch), self.context)
+
+    def model(self, seed: int) -> CharacterModel:
+        """See :class:`Task`."""
+        return CharacterModel(
+            len(self.text.vocabulary),
+            width=self.width,
+            heads=self.heads,
+            layers=self.layers,
+            context=self.context,
+            generator=torch.Generator().manual_seed(seed),
+        ).to(self.device)
+
+    def start(self) -> State:
+        """None: each batch is read by itself."""
+        return None
+
+    def loss(self, model: CharacterModel, k: int, state: State) -> tuple[Tensor, State]:
+        """See :class:`Task`; behind the last segment the text begins anew."""
+        return model.loss(*self.segments[k % len(self.segments)]), None
+
+    def fixed(self, model: CharacterModel) -> Tensor:
+        """The first segment of the validation text."""
+        return model.loss(*self._valid[0])
+
+    @torch.no_grad()
+    def evaluate(self, model: CharacterModel) -> dict[str, float]:
+        """Mean loss over the first 20,000 characters of the validation text, segment by segment."""
+        losses = [model.loss(*segment).item() for segment in self._valid]
         return {"valid": sum(losses) / len(losses)}
 
 
