@@ -847,9 +847,10 @@ def width(lrs: np.ndarray, losses: np.ndarray, level: float) -> tuple[float, boo
     """
     above = np.asarray(losses, dtype=float) - level
     below, over = np.maximum(-above, 0.0), np.maximum(above, 0.0)
-    # Of a piece whose ends lie on both sides, the share below is the lower end's part of the whole drop.
-    drop = below[:-1] + below[1:]
-    share = np.divide(drop, drop + over[:-1] + over[1:], out=np.zeros_like(drop), where=drop > 0)
+    # Of a piece whose ends lie on both sides, the share below is the lower end's part of the whole drop. A
+    # piece that lies on the level is as good as one below it.
+    low, high = below[:-1] + below[1:], over[:-1] + over[1:]
+    share = np.divide(low, low + high, out=np.ones_like(low), where=low + high > 0)
     return float((share * np.diff(np.log2(lrs))).sum()), bool(above[0] <= 0 or above[-1] <= 0)
 
 
