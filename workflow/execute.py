@@ -51,10 +51,11 @@ class ProgressLines:
 
 def is_unfinished(cell: nbformat.NotebookNode) -> bool:
     """Whether a cell failed, or was running when its kernel died: papermill calls the latter completed."""
-    status = cell.metadata.get("papermill", {}).get("status")
-    kernel = cell.metadata.get("execution", {})
-    return status in ("failed", "running") or (
-        "iopub.status.busy" in kernel and "iopub.status.idle" not in kernel
+    run = cell.metadata.get("papermill", {})
+    # A kernel can die before it has said that it is busy, so what counts is that it never became idle again.
+    idle = "iopub.status.idle" in cell.metadata.get("execution", {})
+    return run.get("status") in ("failed", "running") or (
+        cell.cell_type == "code" and run.get("start_time") is not None and not idle
     )
 
 
