@@ -125,6 +125,12 @@ def test_a_measured_number_is_formatted_and_says_where_it_comes_from(build):
     ]
 
 
+def test_a_setting_of_a_run_is_read_from_its_configuration(build):
+    document, _, warnings = build("{measured}`demo/smoke#config.seed|d`")
+    assert warnings == ""
+    assert abbreviations(document) == [("0", "record demo/smoke, config.seed")]
+
+
 def test_a_number_of_the_paper_names_its_section(build):
     doctree, _, warnings = build("{paper}`95.2 %|Section 5`")
     assert warnings == ""
@@ -153,6 +159,7 @@ def test_a_test_is_linked_to_its_line_and_marked(build):
         ("{test}`tests/test_a.py::TestGroup`", "tests/test_a.py::TestGroup was not run"),
         ("{test}`tests/test_a.py::TestGroup::test_bad`", "tests/test_a.py::TestGroup::test_bad failed"),
         ("{verdict}`X2`", "no claim 'X2'"),
+        ("{measured}`demo/smoke#config.lr`", "the configuration of record 'demo/smoke' has no 'config.lr'"),
         ("```{record} demo/paper\n```", "no record is named 'demo/paper'"),
         ("```{notebook-figure} notebooks/00_x#fig-00-none\n```", "no notebooks/00_x#fig-00-none"),
     ],

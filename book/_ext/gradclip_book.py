@@ -67,7 +67,14 @@ def load_record(root: Path, name: str) -> records.Record:
 
 
 def scalar(root: Path, record: str, key: str) -> float | int | str | bool | None:
-    """The record's number under ``key``."""
+    """The record's number under ``key``; ``config.NAME`` is a setting, ``config.NAME.FIELD`` one in it."""
+    if key.startswith("config."):
+        value = load_record(root, record).config
+        for name in key.split(".")[1:]:
+            if not isinstance(value, dict) or name not in value:
+                raise UnknownEvidence(f"the configuration of record {record!r} has no {key!r}")
+            value = value[name]
+        return value
     scalars = load_record(root, record).scalars
     if key not in scalars:
         raise UnknownEvidence(f"record {record!r} has no key {key!r}")

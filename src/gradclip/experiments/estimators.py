@@ -101,7 +101,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from gradclip.data import text
+from gradclip.experiments._probing import assign, copies
 from gradclip.experiments._shell import chosen, recorded, run_tasks
+from gradclip.experiments._tasks import CORPORA
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -109,7 +111,6 @@ from gradclip.records import Record
 from gradclip.smoothness import Probe, directional_smoothness, fit, hessian_norm, path_smoothness
 
 NAME = "estimators"
-CORPORA = {"reference-manual": text.reference_manual, "penn-treebank": text.penn_treebank}
 RULES = ("normalised", "clipped", "plain")
 SCALES = (1.0, 0.1, 0.01, 0.001)
 TOLERANCE = 1e-2
@@ -126,7 +127,7 @@ class Config:
 
     Args:
         name: Name of the profile.
-        corpus: A key of ``CORPORA``.
+        corpus: A key of ``_tasks.CORPORA``.
         tokens: How many of its training tokens, from the first; None for all.
         embedding: Width of the embedding and of the last LSTM layer.
         hidden: Units of the other LSTM layers.
@@ -392,15 +393,13 @@ def released_estimate(
         value = count * objective(model, streams, segments, masks=masks)
         return list(torch.autograd.grad(value, params))
 
-    saved = [p.detach().clone() for p in params]
+    saved = copies(params)
     here = summed(lengths[0])
     with torch.no_grad():
         for p, d in zip(params, step, strict=True):
             p.add_(d, alpha=0.5)
     there = summed(lengths[1])
-    with torch.no_grad():
-        for p, x in zip(params, saved, strict=True):
-            p.copy_(x)
+    assign(params, saved)
     change = total_norm([b - a for a, b in zip(here, there, strict=True)])
     norm = total_norm(here).item() / len(lengths[0])
     return (change / (total_norm(step) / 2)).item(), norm
@@ -455,13 +454,13 @@ def _released_run(config: Config, corpus: text.Corpus, seed: int) -> list[Row]:
     last = (config.steps - 1) // config.measure_every * config.measure_every
     for number, _, loss in trainer.steps():
         rows += _rows("stream", seed, number, number, {"released": loss})
-        before = [p.detach().clone() for p in trainer.params]
+        before = copies(trainer.params)
         trainer.optimizer.step()
         if number % config.measure_every:
             continue
-        after = [p.detach().clone() for p in trainer.params]
+        after = copies(trainer.params)
         step = [b - a for a, b in zip(before, after, strict=True)]
-        _assign(trainer.params, before)
+        assign(trainer.params, before)
         ends = trainer.lengths(), trainer.lengths()
         value, norm = released_estimate(trainer.model, trainer.streams, step, ends)
         same = path_smoothness(
@@ -480,7 +479,7 @@ def _released_run(config: Config, corpus: text.Corpus, seed: int) -> list[Row]:
         rows += _rows("trajectory", seed, number, math.nan, counts)
         if number == last:
             rows += _floor(config, trainer, step, seed)
-        _assign(trainer.params, after)
+        assign(trainer.params, after)
     return rows
 
 
@@ -552,12 +551,6 @@ def _hessian_run(config: Config, corpus: text.Corpus, seed: int) -> list[Row]:
                     rows += _rows("convergence", seed, number, products, both)
         trainer.optimizer.step()
     return rows
-
-
-@torch.no_grad()
-def _assign(params: list[Tensor], values: list[Tensor]) -> None:
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
 
 
 # Scalars
