@@ -53,7 +53,7 @@ def build(tmp_path, monkeypatch):
         experiment="demo",
         profile="smoke",
         config={"seed": 0},
-        scalars={"slope": 1.23456, "name": "lstm"},
+        scalars={"slope": 1.23456, "name": "lstm", "differs": False},
         series={"x": [1.0, 2.0]},
         provenance=records.provenance("cpu", data_sha256=None, wall_time=1.0),
     )
@@ -123,6 +123,12 @@ def test_a_measured_number_is_formatted_and_says_where_it_comes_from(build):
         ("1.23", "record demo/smoke, slope"),
         ("lstm", "record demo/smoke-cpu, name"),
     ]
+
+
+def test_a_truth_value_is_written_in_words(build):
+    document, _, warnings = build("{measured}`demo/smoke#differs|yes/not significant`")
+    assert warnings == ""
+    assert abbreviations(document)[0][0] == "not significant"
 
 
 def test_a_setting_of_a_run_is_read_from_its_configuration(build):

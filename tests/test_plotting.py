@@ -188,6 +188,25 @@ def test_scatter_refuses_no_points():
         plotting.scatter_by_iteration(ax, [], [], [])
 
 
+def test_plain_numbers_label_a_decade_without_powers_of_ten():
+    fig, ax = plotting.figure()
+    ax.loglog([0.3, 4.0], [20.0, 900.0])
+    plotting.plain_numbers(ax)
+    fig.canvas.draw()
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    assert {"0.5", "1", "2"} <= set(labels)
+    assert {"50", "100", "200", "500"} <= {label.get_text() for label in ax.get_yticklabels()}
+    assert not any(label.get_text() for label in ax.get_xticklabels(minor=True))
+
+
+def test_plain_numbers_leave_a_linear_axis_alone():
+    _, ax = plotting.figure()
+    ax.semilogy([0, 1], [1.0, 3.0])
+    locator = ax.xaxis.get_major_locator()
+    plotting.plain_numbers(ax)
+    assert ax.xaxis.get_major_locator() is locator
+
+
 def test_label_stands_beside_its_point():
     fig, ax = plotting.figure()
     label = plotting.label_point(ax, 0.5, 0.5, "here", dx=10, dy=0, va="center")

@@ -131,7 +131,10 @@ class AuthorYearStyle(UnsrtStyle):
 
 
 class MeasuredRole(SphinxRole):
-    """``{measured}`EXPERIMENT/PROFILE#KEY|FORMAT` ``: a number read from a record when the book is built."""
+    """``{measured}`EXPERIMENT/PROFILE#KEY|FORMAT` ``: a number read from a record when the book is built.
+
+    For a truth value FORMAT is two words, ``IF TRUE/IF FALSE``.
+    """
 
     def run(self):
         target, _, spec = self.text.partition("|")
@@ -139,7 +142,10 @@ class MeasuredRole(SphinxRole):
         root = Path(self.env.srcdir)
         try:
             value = scalar(root, name, key)
-            text = format(value, spec)
+            if isinstance(value, bool) and "/" in spec:
+                text = spec.split("/")[not value]
+            else:
+                text = format(value, spec)
         except (UnknownEvidence, records.RecordError, ValueError, TypeError) as error:
             logger.warning("measured: %s", error, location=self.get_location())
             return [], []

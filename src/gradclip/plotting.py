@@ -23,6 +23,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's colours, without the yellow that is too light for a line on white.
 PALETTE: tuple[dict, ...] = (
@@ -236,6 +237,21 @@ def scatter_by_iteration(
         bar.set_label(colorbar_label)
         bar.outline.set_visible(False)
     return points
+
+
+def plain_numbers(ax: Axes) -> None:
+    """Label logarithmic axes with 0.5, 1, 2 in place of powers of ten, and minor ticks not at all.
+
+    A panel is often within one decade, where matplotlib writes 3×10⁻¹, 4×10⁻¹ over one another.
+
+    Args:
+        ax: Axes; a linear axis is left alone.
+    """
+    for axis in (ax.xaxis, ax.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
 
 
 def label_point(ax: Axes, x: float, y: float, text: str, *, dx: float = 6, dy: float = 4, **kw) -> Annotation:
