@@ -271,8 +271,8 @@ class Config:
             corpus="penn-treebank",
             embedding=64,
             hidden=128,
-            bptt=35,
-            steps=120,
+            bptt=20,
+            steps=100,
         )
         paper = dataclasses.replace(
             short,
