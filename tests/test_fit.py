@@ -466,14 +466,26 @@ def test_without_growth_there_is_nothing_to_clip():
     assert recommend(4.0, 0.0).lr == 0.25
 
 
+@properties
+@given(L1=positive, g=positive)
+def test_without_an_intercept_every_step_is_equally_long(L1, g):
+    advice = recommend(0.0, L1)
+    assert advice.rule == "normalize"
+    factor = clip_factor(torch.tensor(g, dtype=torch.float64), advice.max_norm, rule=advice.rule).item()
+    assert advice.lr * factor * g == pytest.approx(1 / L1, rel=1e-14)  # four roundings
+    # The limit of the steps with a small intercept: they are 1/(1 + L0/(L1 g)) times as long.
+    near = recommend(1e-9 * L1 * g, L1)
+    soft = clip_factor(torch.tensor(g, dtype=torch.float64), near.max_norm, rule=near.rule).item()
+    assert near.lr * soft * g == pytest.approx(1 / L1, rel=2e-9)
+
+
 @pytest.mark.parametrize(
     ("L0", "L1", "message"),
     [
         (-1.0, 1.0, "L0 must be non-negative and finite, got -1.0"),
         (1.0, math.nan, "L1 must be non-negative and finite, got nan"),
         (math.inf, 1.0, "L0 must be non-negative and finite, got inf"),
-        (0.0, 4.0, r"L0 must be positive, got 0.0: .* normalised step of length 1/L1 = 0.25"),
-        (0.0, 0.0, "L0 must be positive, got 0.0: .* the gradient is constant"),
+        (0.0, 0.0, r"must not both be 0, got 0\.0 and 0\.0: the gradient is constant"),
     ],
 )
 def test_recommendations_that_do_not_exist_are_explained(L0, L1, message):
@@ -485,8 +497,7 @@ def test_a_quantile_line_through_zero_has_no_intercept_of_rounding():
     g = np.geomspace(0.1, 10.0, 40)
     line = fit(g, 15 * g**2.5, method="quantile", quantile=0.95)
     assert line.L0 == 0.0
-    with pytest.raises(ValueError, match=r"L0 must be positive, got 0\.0"):
-        recommend(line.L0, line.L1)
+    assert recommend(line.L0, line.L1).rule == "normalize"
 
 
 def test_a_fit_is_not_taken_for_a_number():

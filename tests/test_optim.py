@@ -667,10 +667,10 @@ def test_from_smoothness_passes_options_on():
 
 
 @pytest.mark.parametrize(
-    ("L0", "L1"), [(-1.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.inf), (1e-320, 1.0)]
+    ("L0", "L1"), [(0.0, 0.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.inf), (1e-320, 1.0)]
 )
 def test_from_smoothness_refuses_what_has_no_step(L0, L1):
-    with pytest.raises(ValueError, match=r"must be .*, got"):
+    with pytest.raises(ValueError, match=r"must (not both )?be .*, got"):
         ClippedSGD.from_smoothness(make_parameters([(1,)]), L0, L1)
 
 
@@ -683,16 +683,23 @@ def test_from_smoothness_names_wrong_types(value):
         ClippedSGD.from_smoothness(make_parameters([(1,)]), 1.0, value)
 
 
-def test_the_limits_of_from_smoothness():
-    # L1 = 0 is gradient descent with lr = 1/L0; for L0 = 0 the error recommends steps of length 1/L1.
-    x, y = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    x.grad = y.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+def test_without_growth_from_smoothness_is_gradient_descent():
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    x.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
     ClippedSGD.from_smoothness([x], 8.0, 0.0).step()
     assert x.tolist() == [-3 / 8, -4 / 8]
-    with pytest.raises(ValueError, match=r"L0 must be positive, got 0\.0.*lr \* max_norm = 1/L1"):
-        ClippedSGD.from_smoothness([y], 0.0, 2.0)
-    ClippedSGD([y], lr=1.0, max_norm=1 / 2.0, rule="normalize").step()
-    assert total_norm(y).item() == pytest.approx(1 / 2.0, rel=8 * EPS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_an_intercept_from_smoothness_takes_the_limit_of_its_rule(rule):
+    limit, near = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    limit.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    near.grad = limit.grad.clone()
+    ClippedSGD.from_smoothness([limit], 0.0, 2.0, rule=rule).step()
+    ClippedSGD.from_smoothness([near], 1e-9, 2.0, rule=rule).step()
+    assert total_norm(limit).item() == pytest.approx((math.log(2) if rule == "log" else 1) / 2.0, rel=8 * EPS)
+    # c/g is 1e-10 there, and the rules differ from their limits by at most as much.
+    assert limit.tolist() == pytest.approx(near.tolist(), rel=1e-9)
 
 
 @pytest.fixture

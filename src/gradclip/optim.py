@@ -24,7 +24,7 @@ from gradclip.norms import (
     scoped_norms,
     threshold,
 )
-from gradclip.rules import check_choice, check_number, clip_factor, factor_of_number
+from gradclip.rules import RULES, check_choice, check_number, clip_factor, factor_of_number
 from gradclip.smoothness.fit import recommend
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -392,19 +392,20 @@ class ClippedSGD(_Clipping):
         r"""The optimizer for an (L0, L1)-smooth function: lr = 1/L0 and max_norm = L0/L1.
 
         The step is then g/(L0 + L1 ‖g‖) with ``rule="soft"``, and with ``rule="log"`` the one that minimises
-        the sharp descent bound. The two numbers are those of ``gradclip.recommend``.
+        the sharp descent bound. The two numbers are those of ``gradclip.recommend``. In the limit L0 = 0 all
+        rules are the normalised step, of length 1/L1, or (ln 2)/L1 with "log".
 
         Args:
             params: As for the class.
-            L0: Curvature where the gradient vanishes, positive and finite, in units of gradient over length.
+            L0: Curvature where the gradient vanishes, non-negative and finite, in units of gradient over
+                length. 0 gives lr = 1/L1, max_norm = 1 and the rule "normalize".
             L1: Growth of the curvature with the gradient norm, non-negative and finite, in units of 1 over
                 length. 0 gives plain gradient descent: lr = 1/L0 and max_norm = inf.
             rule: As for the class.
             **kw: Other keyword arguments of the class.
 
         Raises:
-            ValueError: If L0 or L1 is out of range. The limit L0 = 0 is another method: normalised descent
-                with steps of length 1/L1.
+            ValueError: If L0 or L1 is out of range, or both are 0.
             TypeError: If L0 or L1 is not a number.
 
         References:
@@ -420,8 +421,13 @@ class ClippedSGD(_Clipping):
         """
         check_number("L0", L0)
         check_number("L1", L1)
+        check_choice("rule", rule, RULES)
         advice = recommend(L0, L1)
-        return cls(params, lr=advice.lr, max_norm=advice.max_norm, rule=rule, **kw)
+        lr = advice.lr
+        if advice.rule == "normalize":
+            # (c/g) ln(1 + g/(c + g)) tends to (c/g) ln 2 for c → 0; the other rules tend to c/g.
+            lr, rule = lr * (math.log(2) if rule == "log" else 1.0), advice.rule
+        return cls(params, lr=lr, max_norm=advice.max_norm, rule=rule, **kw)
 
     def _check_shared(self, group: dict[str, Any]) -> None:
         check_threshold(group["max_norm"], group["rule"], group["scope"])

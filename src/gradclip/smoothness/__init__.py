@@ -10,6 +10,7 @@ from gradclip.smoothness.hessian import (
 )
 from gradclip.smoothness.path import PathSmoothness, path_smoothness
 from gradclip.smoothness.probe import Probe
+from gradclip.smoothness.warmup import WarmUp, warm_up
 
 __all__ = [
     "Eigenvalues",
@@ -19,10 +20,12 @@ __all__ = [
     "PathSmoothness",
     "Probe",
     "Recommendation",
+    "WarmUp",
     "directional_smoothness",
     "fit",
     "hessian_norm",
     "path_smoothness",
     "recommend",
     "top_eigenvalues",
+    "warm_up",
 ]

@@ -237,12 +237,16 @@ class Recommendation:
     """Parameters for a clipped step, made by :func:`recommend`.
 
     Attributes:
-        lr: learning rate 1/L0 (unit: parameter squared over loss).
-        max_norm: threshold L0/L1 for the gradient norm (unit: loss over parameter); infinite if L1 = 0.
+        lr: learning rate 1/L0 (unit: parameter squared over loss). For L0 = 0, 1/L1.
+        max_norm: threshold L0/L1 for the gradient norm (unit: loss over parameter); infinite if L1 = 0. For
+            L0 = 0, one unit of the gradient norm.
+        rule: "soft"; for L0 = 0 "normalize". Hard clipping with the numbers of "soft" takes longer steps, by
+            a factor of at most 2.
     """
 
     lr: float
     max_norm: float
+    rule: str = "soft"
 
 
 def recommend(L0: float, L1: float) -> Recommendation:
@@ -253,8 +257,11 @@ def recommend(L0: float, L1: float) -> Recommendation:
     max_norm = c. The hard rule with the same two numbers takes steps longer by a factor between 1 and 2.
     Theorem 3 of the paper, which must hold for every such function, uses lr = 1/(10 L0).
 
+    The limit L0 → 0, in which lr grows and max_norm falls with a fixed product, is the step of length 1/L1:
+    the rule "normalize" with lr = 1/L1 and max_norm = 1. Lines through measured points often end there.
+
     Args:
-        L0: positive and finite.
+        L0: non-negative and finite.
         L1: non-negative and finite. 0 is the classical case: lr = 1/L0, and a threshold of infinity never
             clips.
 
@@ -263,9 +270,8 @@ def recommend(L0: float, L1: float) -> Recommendation:
 
     Raises:
         TypeError: if an argument is not a number.
-        ValueError: if an argument is out of range. L0 = 0 has no answer in this form: the step would be
-            η = 1/(L1 g), a normalised step of length 1/L1, the limit of lr → ∞ and max_norm → 0 with a fixed
-            product.
+        ValueError: if an argument is out of range, or both are 0: the gradient is constant then, and no step
+            is too long.
 
     References:
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020,
@@ -273,24 +279,23 @@ def recommend(L0: float, L1: float) -> Recommendation:
 
     Example:
         >>> recommend(4.0, 2.0)
-        Recommendation(lr=0.25, max_norm=2.0)
+        Recommendation(lr=0.25, max_norm=2.0, rule='soft')
         >>> recommend(4.0, 0.0)
-        Recommendation(lr=0.25, max_norm=inf)
+        Recommendation(lr=0.25, max_norm=inf, rule='soft')
+        >>> recommend(0.0, 2.0)
+        Recommendation(lr=0.5, max_norm=1.0, rule='normalize')
     """
     for name, value in (("L0", L0), ("L1", L1)):
         check_number(name, value)
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be non-negative and finite, got {value}")
     if L0 == 0.0:
-        advice = "L1 is 0 too, so the gradient is constant and no step is too long"
-        if L1 > 0.0:
-            advice = (
-                f"take the normalised step of length 1/L1 = {1 / L1:g} (rule 'normalize' with "
-                "lr * max_norm = 1/L1), or a small positive L0"
+        if L1 == 0.0:
+            raise ValueError(
+                "L0 and L1 must not both be 0, got 0.0 and 0.0: the gradient is constant, "
+                "and no step is too long"
             )
-        raise ValueError(
-            f"L0 must be positive, got {L0}: no finite lr and max_norm give 1/(L1 ‖∇f‖); {advice}"
-        )
+        return Recommendation(lr=1.0 / L1, max_norm=1.0, rule="normalize")
     return Recommendation(lr=1.0 / L0, max_norm=L0 / L1 if L1 > 0.0 else math.inf)
 
 

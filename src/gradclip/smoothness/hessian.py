@@ -251,7 +251,7 @@ def directional_smoothness(
     direction = [d.detach() for d in listed("direction", direction)]
     check_params(params)
     check_match("direction", direction, params)
-    with _hessian(loss, params) as hessian:
+    with hessian_at(loss, params) as hessian:
         flat = hessian.flat(direction)
         norm = total_norm(flat).item()
         if not 0.0 < norm < math.inf:
@@ -259,11 +259,16 @@ def directional_smoothness(
         return total_norm(hessian(flat / norm)).item()
 
 
+class NotFiniteError(RuntimeError):
+    """A loss, a gradient or a product is infinite or NaN."""
+
+
 class _Hessian:
     """v ↦ ∇²f v on flat vectors; all products share the graph of one gradient."""
 
     def __init__(self, value: Tensor, params: list[Tensor]) -> None:
         self.params = params
+        self.value = value.item()
         self.size = sum(p.numel() for p in params)
         self.device = params[0].device
         self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in params), torch.float32)
@@ -300,7 +305,7 @@ class _Hessian:
             for i, t in enumerate(tensors):
                 wrong = t.detach()[~t.isfinite()]
                 if wrong.numel():
-                    raise RuntimeError(f"{name} has the element {wrong[0].item()} for params[{i}]")
+                    raise NotFiniteError(f"{name} has the element {wrong[0].item()} for params[{i}]")
         return flat
 
 
@@ -319,12 +324,13 @@ def _prepared(
         raise ValueError(f"tol must be positive and finite, got {tol}")
     if max_iter < k:
         raise ValueError(f"max_iter must be at least {k}, one product per eigenvalue, got {max_iter}")
-    with _hessian(loss, params) as hessian:
+    with hessian_at(loss, params) as hessian:
         yield hessian
 
 
 @contextlib.contextmanager
-def _hessian(loss: Callable[[], Tensor], params: list[Tensor]) -> Iterator[_Hessian]:
+def hessian_at(loss: Callable[[], Tensor], params: list[Tensor]) -> Iterator[_Hessian]:
+    """The Hessian where the parameters are, good for products as long as the context is open."""
     with contextlib.ExitStack() as stack:
         rewind = stack.enter_context(undisturbed())
         stack.enter_context(torch.enable_grad())
@@ -340,7 +346,7 @@ def _hessian(loss: Callable[[], Tensor], params: list[Tensor]) -> Iterator[_Hess
         if not value.requires_grad:
             raise ValueError("loss must depend on params, got a tensor that does not require a gradient")
         if not value.isfinite():
-            raise RuntimeError(f"the loss is {value.item()}")
+            raise NotFiniteError(f"the loss is {value.item()}")
         for device in {p.device.type for p in params}:
             # Derivatives have the dtypes of the forward pass; a caller's autocast would cast them again.
             stack.enter_context(torch.autocast(device, enabled=False))

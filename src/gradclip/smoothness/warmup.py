@@ -1,0 +1,135 @@
+"""Steps that find their own length, and the learning rate and threshold that they suggest."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradclip.norms import total_norm
+from gradclip.rules import check_number
+from gradclip.smoothness.fit import Fit, Recommendation, fit, recommend
+from gradclip.smoothness.hessian import NotFiniteError, hessian_at
+from gradclip.smoothness.path import check_loss, check_params, listed
+
+__all__ = ["WarmUp", "warm_up"]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What :func:`warm_up` has measured, one value per step.
+
+    Attributes:
+        grad_norms: ‖∇f_k(x_k)‖ (loss/parameter).
+        smoothness: h_k = ‖∇²f_k(x_k) ∇f_k(x_k)‖ / ‖∇f_k(x_k)‖ (loss/parameter²).
+        losses: f_k(x_k).
+        update_lengths: ‖x_{k+1} - x_k‖ (parameter).
+        multiple: of the step 1/h_k.
+        stopped: why it ended before the losses did, or empty.
+    """
+
+    grad_norms: tuple[float, ...]
+    smoothness: tuple[float, ...]
+    losses: tuple[float, ...]
+    update_lengths: tuple[float, ...]
+    multiple: float
+    stopped: str = ""
+
+    def fit(self) -> Fit:
+        """The median line h = L0 + L1 g through the points, see :func:`.fit`.
+
+        Raises:
+            ValueError: There are fewer than eight points.
+        """
+        return fit(self.grad_norms, self.smoothness, method="quantile", quantile=0.5)
+
+    def recommend(self) -> Recommendation:
+        """Learning rate and threshold of the step multiple/(L0 + L1 g), L0 and L1 from :meth:`fit`.
+
+        Raises:
+            ValueError: There are fewer than eight points.
+        """
+        line = self.fit()
+        return recommend(line.L0 / self.multiple, line.L1 / self.multiple)
+
+
+def warm_up(
+    losses: Iterable[Callable[[], Tensor]], params: Iterable[Tensor], *, multiple: float = 2.0
+) -> WarmUp:
+    """Descend by steps as long as the curvature at hand allows, and put the parameters back.
+
+    At x_k, with the loss f_k of a batch::
+
+        h_k = ‖∇²f_k(x_k) ∇f_k(x_k)‖ / ‖∇f_k(x_k)‖,      x_{k+1} = x_k - (multiple/h_k) ∇f_k(x_k)
+
+    Nothing has to be chosen beforehand that the answer would depend on: curvature that is measured along
+    steps of a given length depends on that length. For a quadratic f whose gradient is an eigenvector,
+    ``multiple=1`` goes to the minimum, and above 2 the loss rises: 2 walks on the edge, where gradient
+    descent with a fixed step is seen to settle. :meth:`WarmUp.recommend` is the clipped step that is as long
+    in the middle of the points.
+
+    A step costs a gradient and a Hessian-vector product, about four gradients together. The warm-up ends
+    early where no next step exists: at a loss, a gradient or a product that is not finite, a gradient of
+    zero, or no curvature along it.
+
+    Args:
+        losses: One loss per step, as :func:`.hessian_norm` wants it: a callable without arguments, of one
+            batch. An iterator may make the next one from the parameters as they are then.
+        params: All parameters that are to be trained. They are put back at the end, also behind an error.
+        multiple: Length of a step in units of 1/h_k, positive.
+
+    Returns:
+        A :class:`WarmUp`.
+
+    Raises:
+        ValueError: ``multiple`` is not positive and finite, or as raised by :func:`.hessian_norm`.
+        TypeError: An argument is of a wrong kind.
+        RuntimeError: The loss has no second derivative.
+
+    References:
+        Cohen, Kaur, Li, Kolter and Talwalkar, "Gradient descent on neural networks typically occurs at the
+        edge of stability", ICLR 2021, for the edge. The recipe is this project's; its test is the experiment
+        ``threshold``.
+
+    Example:
+        >>> import torch
+        >>> w = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+        >>> found = warm_up([lambda: torch.cosh(w).sum()] * 12, [w], multiple=0.5)
+        >>> advice = found.recommend()
+        >>> advice.rule, round(advice.lr, 1), round(advice.max_norm, 1), w.tolist()
+        ('soft', 0.6, 1.0, [3.0, 1.0])
+    """
+    check_number("multiple", multiple)
+    if not 0.0 < multiple < math.inf:
+        raise ValueError(f"multiple must be positive and finite, got {multiple}")
+    params = listed("params", params)
+    check_params(params)
+    saved = [p.detach().clone() for p in params]
+    rows: list[tuple[float, float, float, float]] = []
+    stopped = ""
+    try:
+        for loss in losses:
+            check_loss(loss)
+            try:
+                with hessian_at(loss, params) as hessian:
+                    norm = total_norm(hessian.direction).item()
+                    if norm == 0.0:
+                        stopped = "the gradient is zero"
+                        break
+                    h = total_norm(hessian(hessian.direction / norm)).item()
+                    value, gradient = hessian.value, hessian.gradient
+            except NotFiniteError as error:
+                stopped = str(error)
+                break
+            if h == 0.0:
+                stopped = "there is no curvature along the gradient"
+                break
+            for p, g in zip(params, gradient, strict=True):
+                # `.data`: as if the parameters had never been away.
+                p.data.add_(g.detach(), alpha=-multiple / h)
+            rows.append((norm, h, value, multiple / h * norm))
+    finally:
+        for p, x in zip(params, saved, strict=True):
+            p.data.copy_(x)
+    columns = tuple(zip(*rows, strict=True)) or ((), (), (), ())
+    return WarmUp(*columns, multiple=float(multiple), stopped=stopped)
