@@ -65,7 +65,7 @@ def test_missing_data_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 # Experiments with a short run on the paper's data.
-SHORT = {"acceleration", "image-classifier", "landscape", "language-model"}
+SHORT = {"acceleration", "image-classifier", "landscape", "language-model", "threshold"}
 
 
 def test_every_profile_of_every_experiment_exists():

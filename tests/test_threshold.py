@@ -1,0 +1,349 @@
+"""The experiment ``threshold``: every run of the plan, recipes against their definitions, scalars by hand."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from gradclip import records
+from gradclip.experiments import threshold
+from gradclip.experiments._shell import numerical_settings
+from gradclip.experiments.threshold import (
+    CANDIDATES,
+    FEWEST,
+    GUESSED,
+    GUESSES,
+    LABELS,
+    OWN,
+    RECIPES,
+    TASKS,
+    USUAL,
+    Config,
+    advice,
+    advised,
+    grid,
+    points,
+    run,
+    table,
+)
+from gradclip.smoothness import warm_up
+
+SMOKE = Config.profile("smoke")
+TIMED = tuple(f"{task}.{name}.cost" for task in TASKS for name in OWN)  # what a clock decides, and no seed
+
+
+def untimed(record):
+    return {key: value for key, value in record.scalars.items() if key not in TIMED}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return run(SMOKE, tmp_path_factory.mktemp("records"))
+
+
+def column(record, wanted, /, **where):
+    rows = np.ones(len(record.series["task"]), dtype=bool)
+    for key, value in where.items():
+        rows &= record.series[key] == value
+    return record.series[wanted][rows]
+
+
+def test_the_record_has_every_run_of_the_plan(smoke):
+    assert records.is_current(smoke)
+    for task in TASKS:
+        lrs = SMOKE.setting(task).lrs
+        tuning = {"task": task, "stage": "tuning"}
+        rates, norms = (column(smoke, key, name="grid", **tuning) for key in ("lr", "max_norm"))
+        cells = list(zip(rates, norms, strict=True))
+        assert cells == list(itertools.product(lrs, SMOKE.norms))
+        assert column(smoke, "lr", name="autoclip", **tuning).tolist() == list(lrs)
+        assert np.isnan(column(smoke, "max_norm", name="autoclip", **tuning)).all()
+        losses = column(smoke, "final", name="grid", **tuning)
+        assert grid(smoke, task).ravel().tolist() == losses.tolist()
+        for name in LABELS:
+            seeds = column(smoke, "seed", task=task, stage="evaluation", name=name)
+            assert seeds.tolist() == list(SMOKE.seeds)
+        # One cell is kept, so the best with the first seed is taken, of all or of a threshold's own.
+        for way in ("best", *USUAL):
+            own = [i for i, (_, norm) in enumerate(cells) if way == "best" or norm == USUAL[way]]
+            tried = column(smoke, "final", name="autoclip", **tuning) if way == "autoclip" else losses[own]
+            rates = lrs if way == "autoclip" else [cells[i][0] for i in own]
+            taken = column(smoke, "lr", task=task, stage="evaluation", name=way)
+            assert set(taken) == {rates[int(np.argmin(tried))]}
+        for source, seed in itertools.product((*GUESSES, *OWN), SMOKE.seeds):
+            steps = column(smoke, "step", task=task, stage="warm-up", name=source, seed=seed)
+            assert steps.tolist() == list(range(len(steps)))
+            assert len(steps) <= SMOKE.setting(task).warm_up
+    stages = smoke.series["stage"]
+    assert smoke.scalars["runs"] == (stages != "warm-up").sum()
+    assert (stages == "evaluation").sum() == len(TASKS) * len(LABELS) * len(SMOKE.seeds)
+    # The seeds of the tuning decide nothing that is reported.
+    used = {stage: set(column(smoke, "seed", stage=stage)) for stage in set(stages)}
+    assert used["tuning"] == {0}
+    assert used["confirmation"] == {100}
+    assert used["evaluation"] == used["warm-up"] == set(SMOKE.seeds)
+
+
+def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
+    tables = [block for block in threshold.__doc__.split("\n\n") if block.startswith("====")]
+    names, columns, keys = (re.findall(r"^``(.+?)``", block, re.MULTILINE) for block in tables)
+    assert names == list(RECIPES)
+    assert set(smoke.series) == {*columns}
+    parts = {"NAME": LABELS, "ADVICE": CANDIDATES, "RECIPE": GUESSED, "END": OWN}
+    expected = set()
+    for key in keys:
+        word = next((word for word in parts if f".{word}." in key), None)
+        filled = [key.replace(word, name) for name in parts[word]] if word else [key]
+        expected |= {part.replace("TASK", task) for part in filled for task in TASKS}
+    found = {re.sub(r"(\.(train|valid|accuracy))_(min|max)$", r"\1", key) for key in smoke.scalars}
+    found = {re.sub(r"(\.(gap|gain))_(low|high)$", r"\1", key) for key in found}
+    assert found == expected
+
+
+def test_a_stopped_run_goes_on_to_the_same_record(smoke, tmp_path, monkeypatch):
+    train, calls = threshold._train, []
+
+    def stop(config, *job):
+        if job[1] == "evaluation" and len(calls) > 60:  # behind tuning and warm-up, which it must remember
+            raise KeyboardInterrupt
+        calls.append(job)
+        return train(config, *job)
+
+    monkeypatch.setattr(threshold, "_train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(SMOKE, tmp_path)
+    done = list(calls)
+    monkeypatch.setattr(threshold, "_train", lambda config, *job: calls.append(job) or train(config, *job))
+    resumed = run(SMOKE, tmp_path)
+    assert repr(calls[: len(done)]) == repr(done)
+    assert len(set(map(repr, calls))) == len(calls)  # none was run twice
+    assert resumed.provenance["series_sha256"] == smoke.provenance["series_sha256"]
+    assert repr(untimed(resumed)) == repr(untimed(smoke))  # nan is not equal to itself: compared as text
+    assert run(SMOKE, tmp_path).provenance["finished"] == resumed.provenance["finished"]  # not run again
+
+
+def test_a_run_is_the_plain_loop_written_out(smoke):
+    # Clipping by torch's own function; none of the experiment's code but the task.
+    for task in TASKS:
+        setting = SMOKE.setting(task)
+        where = {"task": task, "stage": "evaluation", "name": "norm-0.25", "seed": 1}
+        [lr] = column(smoke, "lr", **where)
+        with numerical_settings(SMOKE.threads):
+            model = setting.task.model(1)
+            params = list(model.parameters())
+            optimizer = torch.optim.SGD(params, lr)
+            losses, state = [], setting.task.start()
+            for k in range(setting.steps):
+                optimizer.zero_grad()
+                loss, state = setting.task.loss(model, k, state)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(params, 0.25)
+                optimizer.step()
+                losses.append(loss.item())
+        # torch adds 1e-6 to the norm it divides by: 1e-5 of a clipped step, over ten steps that may amplify.
+        assert column(smoke, "final", **where) == pytest.approx([losses[-1]], rel=1e-3)
+        valid = setting.task.evaluate(model)["valid"]
+        assert column(smoke, "valid", **where) == pytest.approx([valid], rel=1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_guessed_warm_up_is_clipped_training_measured_on_the_way(smoke, task):
+    setting = SMOKE.setting(task)
+    lr = setting.guesses[1]
+    found = {
+        key: column(smoke, key, task=task, stage="warm-up", name="middle", seed=1)
+        for key in ("loss", "grad_norm", "path", "local", "update_length")
+    }
+    with numerical_settings(SMOKE.threads):
+        model = setting.task.model(1).double()  # whose LSTM has a second derivative, as oneDNN's has not
+        params = list(model.parameters())
+        x = torch.nn.utils.parameters_to_vector(params).detach()
+        state = setting.task.start()
+        for k in range(3):
+
+            def gradient(at, k=k, state=state):
+                torch.nn.utils.vector_to_parameters(at, params)
+                value, after = setting.task.loss(model, k, state)
+                g = torch.autograd.grad(value, params, create_graph=True)
+                return value, torch.cat([part.flatten() for part in g]), after
+
+            value, g, after = gradient(x)
+            product = torch.autograd.grad(g, params, g.detach())
+            product = torch.cat([part.flatten() for part in product])
+            g = g.detach()
+            d = -lr * min(1.0, 1.0 / g.norm().item()) * g
+            quotients = [(gradient(x + a * d)[1] - g).norm() / (a * d.norm()) for a in np.arange(1, 6) / 6]
+            expected = {
+                "loss": value,
+                "grad_norm": g.norm(),
+                "path": max(quotients),
+                "local": product.norm() / g.norm(),
+                "update_length": d.norm(),
+            }
+            for key, wanted in expected.items():
+                # float32: a difference of two gradients keeps about three digits.
+                assert found[key][k] == pytest.approx(float(wanted.detach()), rel=5e-3), (key, k)
+            x, state = x + d, after
+
+
+def test_own_steps_are_those_of_the_library(smoke):
+    setting = SMOKE.characters
+    with numerical_settings(SMOKE.threads):
+        model = setting.task.model(2)
+        batches = [lambda k=k: setting.task.loss(model, k, None)[0] for k in range(setting.warm_up)]
+        expected = warm_up(batches, model.parameters(), multiple=2.0)
+    where = {"task": "characters", "stage": "warm-up", "name": "edge", "seed": 2}
+    # float32, whose last bits depend on where tensors lie in memory, and eight steps that may amplify them.
+    assert column(smoke, "grad_norm", **where) == pytest.approx(expected.grad_norms, rel=1e-3)
+    assert column(smoke, "local", **where) == pytest.approx(expected.smoothness, rel=1e-3)
+    step = expected.recommend()
+    where |= {"stage": "evaluation"}
+    assert column(smoke, "lr", **where) == pytest.approx([step.lr], rel=1e-2)
+    assert column(smoke, "max_norm", **where) == pytest.approx([step.max_norm], rel=1e-2)
+
+
+def test_a_hidden_state_comes_from_behind_the_step():
+    # The second batch of an LSTM's warm-up begins with the state that the first leaves after its step.
+    setting = SMOKE.language
+    with numerical_settings(SMOKE.threads):
+        found = threshold._own(SMOKE, "language", "own", 1)
+        model = setting.task.model(1)
+        params = list(model.parameters())
+        value, _ = setting.task.loss(model, 0, None)
+        g = torch.autograd.grad(value, params)
+        with torch.no_grad():
+            for p, part in zip(params, g, strict=True):
+                p -= part / found[0]["local"]
+            _, state = setting.task.loss(model, 0, None)
+            second = setting.task.loss(model, 1, state)[0].item()
+    assert found[0]["loss"] == pytest.approx(value.item(), rel=1e-5)
+    assert found[1]["loss"] == pytest.approx(second, rel=1e-5)
+
+
+def made_up(n=FEWEST):
+    norms = np.linspace(1.0, 4.0, n)
+    return [
+        {"grad_norm": g, "path": 3.0 + 2.0 * g - (i % 2), "local": 1.0 + 0.5 * g + 10.0 * (i == 3)}
+        for i, g in enumerate(norms)
+    ]
+
+
+def test_lines_of_the_recipes():
+    # The envelope of points on and below a line is that line. An outlier raises it, and the median not.
+    assert advice("plain", made_up(9)) == pytest.approx((3.0, 2.0, 2.5))
+    intercept, slope, _ = advice("local", made_up(9))
+    assert intercept + slope * made_up(9)[3]["grad_norm"] == pytest.approx(made_up(9)[3]["local"])
+    for recipe in ("median", "own", "edge"):
+        assert advice(recipe, made_up(9)) == pytest.approx((1.0, 0.5, 2.5), rel=1e-6)
+    assert all(map(math.isnan, advice("plain", made_up(FEWEST - 1))))
+
+
+def test_advice_follows_from_the_points_of_its_own_seed(smoke):
+    for task, name in itertools.product(TASKS, CANDIDATES):
+        recipe, source = CANDIDATES[name]
+        found = advised(smoke, task, name)
+        lengths = []
+        for i, seed in enumerate(SMOKE.seeds):
+            some = points(smoke, task, source)
+            rows = [dict(zip(some, row, strict=True)) for row in zip(*some.values(), strict=True)]
+            rows = [row for row in rows if row["seed"] == seed]
+            if len(rows) < FEWEST:
+                assert found["final"][i] == math.inf
+                continue
+            intercept, slope, norm = advice(recipe, rows)
+            assert (found["L0"][i], found["L1"][i], found["norm"][i]) == (intercept, slope, norm)
+            multiple = 2.0 if name == "edge" else 1.0
+            lr, max_norm = found["lr"][i], found["max_norm"][i]
+            if intercept == 0:
+                assert (lr, max_norm) == (pytest.approx(multiple / slope), 1.0)
+            else:
+                assert lr == pytest.approx(multiple / intercept)
+                assert max_norm == (pytest.approx(intercept / slope) if slope else math.inf)
+            # The step g/(L0 + L1 g) against the best cell's, which is clipped hard.
+            length = multiple * norm / (intercept + slope * norm)
+            best = advised(smoke, task, "best")
+            lengths.append(math.log2(length / (best["lr"][0] * min(norm, best["max_norm"][0]))))
+        assert smoke.scalars[f"{task}.{name}.octaves"] == pytest.approx(np.median(lengths), nan_ok=True)
+
+
+def test_gaps_are_paired_and_their_interval_is_student_s(smoke):
+    from scipy import stats
+
+    for task, name in itertools.product(TASKS, ("norm-1", "edge")):
+        losses, best = (column(smoke, "final", task=task, stage="evaluation", name=n) for n in (name, "best"))
+        key = f"{task}.{name}"
+        assert smoke.scalars[f"{key}.gap"] == pytest.approx((losses - best).mean(), abs=1e-12)
+        cells = grid(smoke, task)
+        assert smoke.scalars[f"{key}.beaten_by"] == (cells < losses.mean()).sum() / cells.size
+        if not np.allclose(losses, best):
+            # scipy's own paired test knows nothing of this code.
+            ends = stats.ttest_rel(losses, best).confidence_interval(0.95)
+            assert smoke.scalars[f"{key}.gap_low"] == pytest.approx(ends.low, rel=1e-6)
+            assert smoke.scalars[f"{key}.gap_high"] == pytest.approx(ends.high, rel=1e-6)
+        tenth = column(smoke, "final", task=task, stage="evaluation", name="plain-middle")
+        edge = column(smoke, "final", task=task, stage="evaluation", name="edge")
+        assert smoke.scalars[f"{task}.edge.gain"] == pytest.approx((tenth - edge).mean(), abs=1e-12)
+
+
+def test_what_is_read_off_the_grid(smoke):
+    for task in TASKS:
+        cells = grid(smoke, task)
+        best = cells.min(axis=0)  # over learning rates, one for each of 0.25, 1 and inf
+        assert smoke.scalars[f"{task}.grid.spread"] == abs(best[0] - best[1])
+        assert smoke.scalars[f"{task}.grid.unclipped"] == best[2] - cells.min()
+        assert smoke.scalars[f"{task}.grid.cost"] == cells.size * SMOKE.setting(task).steps
+        assert smoke.scalars[f"{task}.best.edge"] is True  # two learning rates are both ends
+
+
+def test_a_warm_up_that_is_given_up_leaves_a_record_without_advice(tmp_path):
+    wild = dataclasses.replace(SMOKE.language, guesses=(0.5, 4.0, 1e30))
+    record = run(dataclasses.replace(SMOKE, name="wild", language=wild), tmp_path)
+    assert len(points(record, "language", "long")["step"]) < FEWEST * len(SMOKE.seeds)
+    for recipe in GUESSED:
+        key = f"language.{recipe}-long"
+        assert record.scalars[f"{key}.train"] == math.inf
+        assert record.scalars[f"{key}.lost"] == len(SMOKE.seeds)
+        assert math.isnan(record.scalars[f"{key}.octaves"])
+        assert record.scalars[f"language.{recipe}.spread"] == math.inf
+        assert record.scalars[f"language.{recipe}-short.train"] < math.inf
+    assert "no advice" in table(record, "language")
+
+
+def test_the_table_has_a_row_for_everything_that_was_evaluated(smoke):
+    for task in TASKS:
+        html = table(smoke, task)
+        for label in LABELS.values():
+            assert f"<th>{label}</th>" in html
+        assert html.count("<tr>") == 1 + len(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": (1.0, math.inf)}, "norms must have 1 and 0.25 among them, got"),
+        ({"seeds": (1,)}, "seeds must be two or more"),
+        ({"seeds": (1, 100)}, "none of the tuning's"),
+        (
+            {"images": dataclasses.replace(SMOKE.images, steps=15)},
+            "steps must be a multiple of 10, got 15 for images",
+        ),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMOKE, **changes)
+
+
+def test_profiles():
+    short, paper = Config.profile("short"), Config.profile("paper")
+    for config in (short, paper):
+        assert config.language.task.corpus == config.characters.task.corpus == "penn-treebank"
+        assert config.images.task.images == "cifar10"
+    assert (paper.language.task.embedding, paper.language.task.hidden) == (200, 512)
+    assert paper.images.task.blocks == 3
+    with pytest.raises(ValueError, match="profile must be one of"):
+        Config.profile("huge")
