@@ -265,6 +265,8 @@ def made_up(estimate, seeds=(0, 1), length=60):
             "update_length": step,
             "weight_norm": np.exp(generator.normal(size=length)),
             "bound": bound,
+            "end_grad_norm": 3 * g,
+            "path_1": 2 * g / step,
             "crossed": np.arange(length, dtype=float),
             "hessian_norm": 2 / (5.0 * factor),
             "diverged": np.zeros(length),
@@ -280,6 +282,8 @@ def test_an_estimate_that_is_its_bound_is_recognised_as_mechanical():
     name = "clipped_norm_relu"
     for key in ("pearson_midpoint", "slope_midpoint", "level_share", "saturation_midpoint", "edge"):
         assert scalars[f"{name}.{key}"] == pytest.approx(1.0, rel=1e-9), key
+    # A gradient that changes by twice its length and ends three times as long: half of the four it could.
+    assert scalars[f"{name}.saturation_strict"] == pytest.approx(0.5, rel=1e-9)
     assert scalars[f"{name}.ratio_local"] == 1.0
     assert scalars[f"{name}.deviation_local"] == 0.0
     assert scalars[f"{name}.clipped_share"] == 1.0

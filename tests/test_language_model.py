@@ -447,6 +447,9 @@ def made_up_settings():
         "fixed_grad_norm": np.where(odd, math.nan, g),
         "released": np.full_like(g, math.nan),
         "released_grad_norm": np.full_like(g, math.nan),
+        # Ends as long as it began, and has changed by a half or, in the other seed, by a whole of its length.
+        "end_grad_norm": g,
+        "path_1": np.where(series["seed"] == 0, 0.25, 0.5) * series["bound"],
         "valid": np.where(series["iteration"] == 39, 5.0 + series["seed"], math.nan),
         "valid_average": np.where((series["iteration"] == 39) & (series["seed"] == 1), 4.0, math.nan),
         "diverged": np.zeros_like(g),
@@ -471,6 +474,8 @@ def test_each_setting_has_its_correlations_and_they_are_compared_with_the_first(
         assert scalars[f"{name}.slope_fixed"] == pytest.approx(3.0, rel=1e-9)
         assert scalars[f"{name}.along_over_local"] == 2.0
         assert (scalars[f"{name}.count_local"], scalars[f"{name}.count_along"]) == (80, 40)
+        strict = [scalars[f"{name}.saturation_strict{end}"] for end in ("_min", "", "_max")]
+        assert strict == pytest.approx([0.25, 0.375, 0.5], rel=1e-9)
     # The first setting's L1 is 1, its mechanical value 2/(2 · 0.5); without clipping there is none.
     assert scalars["first.l1_over_mechanical_local"] == pytest.approx(0.5, rel=1e-9)
     assert math.isnan(scalars["steep.l1_over_mechanical_local"])

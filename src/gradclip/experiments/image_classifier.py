@@ -88,6 +88,7 @@ key                             meaning
                                 shuffled within runs and ``bound`` is not: what step lengths alone give
 ``CELL.level_share``            that over ``CELL.pearson_midpoint``
 ``CELL.saturation_midpoint``    median of path_1_2 / bound
+``CELL.saturation_strict``      median of path_1 / ((‖∇f(x_k)‖ + ‖∇f(x_k + d)‖)/‖d‖), which is at most 1
 ``CELL.ratio_local``            median of local / along
 ``CELL.deviation_local``        median of ``|local / along - 1|``
 ``CELL.ratio_midpoint``         median of path_1_2 / along
@@ -776,8 +777,10 @@ def _cell(series: Series, cell: Cell) -> dict[str, float | int]:
     pearson = scalars[f"{name}.pearson_midpoint"]
     scalars[f"{name}.level_share"] = scalars[f"{name}.level_midpoint"] / pearson
     edge = 2 / (series["lr"] * series["clip_factor"])
+    strict = (series["grad_norm"] + series["end_grad_norm"]) / series["update_length"]
     for key, values in (
         ("saturation_midpoint", series["path_1_2"] / series["bound"]),
+        ("saturation_strict", series["path_1"] / strict),
         ("ratio_local", series["local"] / series["along"]),
         ("ratio_midpoint", series["path_1_2"] / series["along"]),
         ("deviation_local", np.abs(series["local"] / series["along"] - 1)),

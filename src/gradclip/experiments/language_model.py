@@ -127,6 +127,8 @@ key                                        meaning
 ``SETTING.slope_ANY``                      slope of the logarithms
 ``SETTING.late_pearson_ANY``               correlation without the first twentieth of the steps
 ``SETTING.saturation_EST``                 median of L̂_a over its mechanical level
+``SETTING.saturation_strict``              median of ``path_1`` over (‖∇f(x_k)‖ + ``end_grad_norm``) / ‖d‖, at
+                                           most 1; with ``_min`` and ``_max``
 ``SETTING.contrast_ANY``                   mean over seeds of the correlation, over that of the first setting
 ``SETTING.along_over_local``               median of ``along``/``local``
 ``SETTING.l1_over_mechanical_EST``         least-squares L1 over 2/(ηγ); NaN without clipping
@@ -660,6 +662,11 @@ def compare(series: Mapping[str, np.ndarray], settings: Sequence[Setting]) -> di
             scalars[f"{prefix}.l1_over_mechanical_{name}"] = (
                 line.L1 * setting.lr * setting.max_norm / 2 if setting.max_norm < math.inf else math.nan
             )
+        strict = (rows["grad_norm"] + rows["end_grad_norm"]) / rows["update_length"]
+        shares = rows["path_1"] / strict
+        medians = [np.nanmedian(shares[rows["seed"] == seed]) for seed in seeds]
+        for end, value in (("", np.nanmedian(shares)), ("_min", min(medians)), ("_max", max(medians))):
+            scalars[f"{prefix}.saturation_strict{end}"] = float(value)
         scalars[f"{prefix}.along_over_local"] = float(np.nanmedian(rows["along"] / rows["local"]))
         ends = rows["iteration"] == steps - 1
         last = rows["iteration"] >= steps - max(1, steps // 10)
