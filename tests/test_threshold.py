@@ -104,6 +104,11 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
     assert found == expected
 
 
+def test_a_record_belongs_to_its_recipes(smoke):
+    assert smoke.config["recipes"]["edge"]["multiple"] == 2.0
+    assert set(smoke.config["recipes"]) == set(RECIPES)
+
+
 def test_a_stopped_run_goes_on_to_the_same_record(smoke, tmp_path, monkeypatch):
     train, calls = threshold._train, []
 
@@ -311,6 +316,36 @@ def test_a_warm_up_that_is_given_up_leaves_a_record_without_advice(tmp_path):
         assert record.scalars[f"language.{recipe}.spread"] == math.inf
         assert record.scalars[f"language.{recipe}-short.train"] < math.inf
     assert "no advice" in table(record, "language")
+
+
+class Nearly:
+    """A task whose loss is finite, and its gradient or its curvature is not, or vanishes."""
+
+    guess = 10.0
+
+    def __init__(self, loss):
+        self.loss_of = loss
+
+    def model(self, seed):
+        module = torch.nn.Module()
+        module.w = torch.nn.Parameter(torch.zeros(3))
+        return module
+
+    def start(self):
+        return None
+
+    def loss(self, model, k, state):
+        return self.loss_of(model.w), None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda w: (w * 0).sum(), lambda w: w.sum(), lambda w: w.abs().sqrt().sum(), lambda w: (w**2).sum()],
+    ids=["no gradient", "no curvature", "infinite gradient", "at a minimum"],
+)
+def test_a_guessed_warm_up_ends_where_nothing_can_be_measured(loss, monkeypatch):
+    monkeypatch.setattr(threshold, "_task", lambda config, task: Nearly(loss))
+    assert threshold._guessed(SMOKE, "language", "long", 1, 1.0) == []
 
 
 def test_the_table_has_a_row_for_everything_that_was_evaluated(smoke):

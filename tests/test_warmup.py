@@ -1,6 +1,7 @@
 """`smoothness.warm_up` against closed forms, and what it leaves behind: nothing."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gradclip import recommend
-from gradclip.smoothness import directional_smoothness, fit, warm_up
+from gradclip import clip_factor, recommend
+from gradclip.smoothness import WarmUp, directional_smoothness, fit, warm_up
 
 CURVATURES = torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
 
@@ -135,8 +136,27 @@ def test_it_ends_where_no_next_step_exists_and_says_why(loss, start, steps, reas
     found = warm_up([lambda: loss(w)] * 3, [w], multiple=1.0)
     assert (len(found.losses), found.stopped) == (steps, reason)
     assert w.item() == start
-    with pytest.raises(ValueError, match=f"at least 8 points, got {steps}"):
+    message = f"at least 8 points, got {steps}; the warm-up ended early: {reason}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         found.recommend()
+
+
+def test_too_few_losses_are_said_to_be_too_few():
+    w = vector(1.0, -2.0, 0.5)
+    with pytest.raises(ValueError, match=r"at least 8 points, got 3$"):
+        warm_up([lambda: (w**4).sum()] * 3, [w]).recommend()
+
+
+@pytest.mark.parametrize(("intercept", "rule"), [(1e-2, "soft"), (1e-9, "normalize")])
+def test_a_negligible_intercept_is_none(intercept, rule):
+    # f'' = L0 + L1 |f'| with L1 = 1, at gradients from 1 to 8: the line comes back, or its limit for L0 = 0.
+    norms = tuple(float(g) for g in range(1, 9))
+    found = WarmUp(norms, tuple(intercept + g for g in norms), norms, norms, multiple=2.0)
+    advice = found.recommend()
+    assert advice.rule == rule
+    g = torch.tensor(norms, dtype=torch.float64)
+    lengths = advice.lr * clip_factor(g, advice.max_norm, rule=advice.rule) * g
+    assert lengths.tolist() == pytest.approx((2 * g / (intercept + g)).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("multiple", [0.0, -1.0, math.nan, math.inf])

@@ -34,7 +34,8 @@ taken. *Warm-up*: every recipe's, with the evaluation seeds. *Evaluation*: what 
 candidate, with the evaluation seeds, all from the initial weights; only these runs are compared, seed by
 seed. A seed decides the initial weights; all runs of a task read the same batches in the same order. A run is
 given up when the mean loss of ten steps is not finite or above ten times that of guessing; its losses are
-inf. So are those of a candidate without advice, because its warm-up was given up before the eighth step.
+inf. So are those of a candidate without advice, because its warm-up ended before the eighth step:
+a guessed one at a loss above ten times that of guessing, and any where nothing more can be measured.
 
 Series, one row for each training run, and one for each step of a warm-up:
 
@@ -128,6 +129,7 @@ from gradclip.optim import ClippedSGD
 from gradclip.records import Record
 from gradclip.rules import clip_factor
 from gradclip.smoothness import Fit, directional_smoothness, fit, path_smoothness, recommend, warm_up
+from gradclip.smoothness.hessian import NotFiniteError
 from gradclip.thresholds import Percentile
 
 NAME = "threshold"
@@ -404,7 +406,8 @@ def run(config: Config, out: str | Path) -> Record:
     """
     hashes = "".join(_task(config, task).sha256 for task in TASKS)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()
-    return recorded(NAME, config, out, functools.partial(_measure, config), sha256)
+    recipes = {name: dataclasses.asdict(recipe) for name, recipe in RECIPES.items()}
+    return recorded(NAME, config, out, functools.partial(_measure, config), sha256, recipes=recipes)
 
 
 # A worker makes the task of the configuration that it is sent, and keeps it for its next run.
@@ -608,9 +611,17 @@ def _guessed(config: Config, task: str, name: str, seed: int, lr: float) -> list
             break
         gradient = list(torch.autograd.grad(value, params))
         norm = total_norm(gradient)
+        if not 0 < norm.item() < math.inf:
+            break
         step = [-lr * clip_factor(norm, GUESSED_NORM) * g for g in gradient]
         batch = losses(work, model, k, state)
         path = path_smoothness(batch, params, step, grad=gradient)
+        try:
+            local = directional_smoothness(batch, params, gradient)
+        except NotFiniteError:
+            break
+        if not (local > 0 and 0 < path.value < math.inf):
+            break
         rows.append(
             _row(
                 task,
@@ -623,7 +634,7 @@ def _guessed(config: Config, task: str, name: str, seed: int, lr: float) -> list
                 loss=value.item(),
                 grad_norm=path.grad_norm,
                 path=path.value,
-                local=directional_smoothness(batch, params, gradient),
+                local=local,
                 update_length=path.step_norm,
             )
         )

@@ -14,6 +14,8 @@ from gradclip.smoothness.path import check_loss, check_params, listed
 
 __all__ = ["WarmUp", "warm_up"]
 
+_NEGLIGIBLE = 1e-3
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -39,18 +41,33 @@ class WarmUp:
         """The median line h = L0 + L1 g through the points, see :func:`.fit`.
 
         Raises:
-            ValueError: There are fewer than eight points.
+            ValueError: There are fewer than eight points; the message says why the warm-up ended, if it did.
         """
-        return fit(self.grad_norms, self.smoothness, method="quantile", quantile=0.5)
+        try:
+            return fit(self.grad_norms, self.smoothness, method="quantile", quantile=0.5)
+        except ValueError as error:
+            if not self.stopped:
+                raise
+            raise ValueError(f"{error}; the warm-up ended early: {self.stopped}") from None
 
     def recommend(self) -> Recommendation:
         """Learning rate and threshold of the step multiple/(L0 + L1 g), L0 and L1 from :meth:`fit`.
 
+        An L0 that is below a thousandth of L1 g at every point counts as 0: the steps are the same to that
+        accuracy, and the learning rate, which weight decay would multiply with, does not explode.
+
+        The advice is for steps without momentum. With momentum m, the update adds up to 1/(1 - m) gradients:
+        multiply the learning rate by 1 - m. From batch to batch the product of the two numbers, the length of
+        a clipped step, is steadier than either.
+
         Raises:
-            ValueError: There are fewer than eight points.
+            ValueError: As for :meth:`fit`.
         """
         line = self.fit()
-        return recommend(line.L0 / self.multiple, line.L1 / self.multiple)
+        intercept = line.L0
+        if intercept < _NEGLIGIBLE * line.L1 * min(self.grad_norms):
+            intercept = 0.0
+        return recommend(intercept / self.multiple, line.L1 / self.multiple)
 
 
 def warm_up(
@@ -68,14 +85,16 @@ def warm_up(
     descent with a fixed step is seen to settle. :meth:`WarmUp.recommend` is the clipped step that is as long
     in the middle of the points.
 
-    A step costs a gradient and a Hessian-vector product, about four gradients together. The warm-up ends
-    early where no next step exists: at a loss, a gradient or a product that is not finite, a gradient of
-    zero, or no curvature along it.
+    A step costs a gradient and a Hessian-vector product, the time of four to ten training steps. The warm-up
+    ends early where no next step exists, and says so in ``stopped``: at a loss, a gradient or a product that
+    is not finite, a gradient of zero, or no curvature along it.
 
     Args:
         losses: One loss per step, as :func:`.hessian_norm` wants it: a callable without arguments, of one
-            batch. An iterator may make the next one from the parameters as they are then.
-        params: All parameters that are to be trained. They are put back at the end, also behind an error.
+            batch, eight or more. An iterator may make the next one from the parameters as they are then.
+        params: All parameters that are to be trained, and none that is frozen: of a network in part frozen,
+            ``[p for p in model.parameters() if p.requires_grad]``. They are put back at the end, also behind
+            an error.
         multiple: Length of a step in units of 1/h_k, positive.
 
     Returns:
