@@ -289,9 +289,10 @@ def test_gaps_are_paired_and_their_interval_is_student_s(smoke):
             ends = stats.ttest_rel(losses, best).confidence_interval(0.95)
             assert smoke.scalars[f"{key}.gap_low"] == pytest.approx(ends.low, rel=1e-6)
             assert smoke.scalars[f"{key}.gap_high"] == pytest.approx(ends.high, rel=1e-6)
-        tenth = column(smoke, "final", task=task, stage="evaluation", name="plain-middle")
-        edge = column(smoke, "final", task=task, stage="evaluation", name="edge")
-        assert smoke.scalars[f"{task}.edge.gain"] == pytest.approx((tenth - edge).mean(), abs=1e-12)
+        plain, edge = (
+            column(smoke, "final", task=task, stage="evaluation", name=n) for n in ("plain-middle", "edge")
+        )
+        assert smoke.scalars[f"{task}.edge.gain"] == pytest.approx((plain - edge).mean(), abs=1e-12)
 
 
 def test_what_is_read_off_the_grid(smoke):
