@@ -157,6 +157,23 @@ def test_many_small_tensors_among_large_ones(dtype):
     assert total_norm(tensors).item() == pytest.approx(oracle(*tensors), rel=accuracy)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("many", [1, 3, 50])
+def test_no_end_of_a_tensor_is_left_out(dtype, many):
+    # Sizes around those at which tensors are copied together or read in place, and around whole rows of them.
+    # All that is not zero stands at an end, and each end has another square: leaving one out shows.
+    sizes = [1, 63, 64, 65, 191, 192, 193, 2**14 - 1, 2**14, 2**14 + 1, 20 * 192, 2**15 + 1] * many
+    tensors = [torch.zeros(size, dtype=dtype) for size in sizes]
+    for index, tensor in enumerate(tensors, start=1):
+        tensor[0] = tensor[-1] = index
+    ends = [1 if size == 1 else 2 for size in sizes]
+    expected = sum(n * tensor[-1].item() ** 2 for n, tensor in zip(ends, tensors, strict=True))
+    assert total_norm(tensors).item() == pytest.approx(math.sqrt(expected), rel=ACCURACY)
+    for tensor in tensors:
+        square = tensor[-1].item() ** 2 * (1 if len(tensor) == 1 else 2)
+        assert total_norm(tensor).item() == pytest.approx(math.sqrt(square), rel=ACCURACY)
+
+
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_zeros_and_nonfinite_elements_need_no_scaled_copy(value):
     class Divisions(torch.utils._python_dispatch.TorchDispatchMode):

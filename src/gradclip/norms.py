@@ -28,7 +28,8 @@ _FLOOR = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (
 # Half-precision tensors are widened a piece at a time: the copy stays in the cache.
 _PIECE = 2**19
 # Up to some 20,000 elements it is quicker to copy a tensor than to make another call for it. Copies are
-# collected in buffers of about _PIECE elements.
+# collected in buffers of about _PIECE elements. A list of no more than that is copied whole, if its tensors
+# are this small on average.
 _SMALL = 2**14
 
 
@@ -45,9 +46,10 @@ def total_norm(tensors: Tensor | Iterable[Tensor]) -> Tensor:
 
     - On a CPU, squares are summed in short rows (in float32, for float64 tensors in float64), and
       the norms of the rows in float64. This takes one pass without a copy; only tensors of up to 16,384
-      elements are copied together first, because hundreds of calls for little work would take longer. Only
-      when the result shows that squares have over- or underflowed does a second pass look for the largest
-      element and, unless it is 0 or inf, a third one work on temporary copies divided by it.
+      elements, and lists of such tensors on average with up to 524,288 elements, are copied together first,
+      because hundreds of calls for little work would take longer. Only when the result shows that squares
+      have over- or underflowed does a second pass look for the largest element and, unless it is 0 or inf, a
+      third one work on temporary copies divided by it.
     - On an accelerator, and inside ``torch.compile``, the squares of float32 and half-precision elements are
       summed in float64, whose range they cannot leave: one pass, no wait for the device.
     - float64 tensors there are always divided by their largest element first: two passes and a temporary
@@ -252,7 +254,7 @@ def norm_of_dense(tensors: list[Tensor], alike: bool = False) -> Tensor:
     device = tensors[0].device
     norm = norms[0].to(device)
     if len(norms) > 1:
-        norm = _scaled_norm([torch.stack([n.to(device) for n in norms])], norm.dtype)
+        norm = _norm([torch.stack([n.to(device) for n in norms])], norm.dtype)
     return norm.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
 
 
@@ -444,24 +446,49 @@ def _scaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
 
 
 def _unscaled_norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
-    """Norm of tensors of one device; on a CPU they must have one dimension."""
+    """Norm of tensors of one device; on a CPU they must be blocks, as of :func:`_blocks`."""
     wide = widest_dtype(tensors[0].device)
     if on_host(tensors[0]):
-        norms = torch.cat([norm for tensor in tensors for norm in _row_norms(tensor, sum_dtype)])
-        return torch.linalg.vector_norm(norms, dtype=wide)
+        norms = [norms for tensor in tensors for norms in _row_norms(tensor, sum_dtype)]
+        return torch.linalg.vector_norm(torch.cat(norms) if len(norms) > 1 else norms[0], dtype=wide)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)))
 
 
 def _blocks(tensors: list[Tensor]) -> list[Tensor]:
-    """The elements of tensors of one device and dtype, in any order, in few tensors of one dimension."""
+    """The elements of tensors of one device and dtype, in any order, with zeros up to whole rows.
+
+    They come in few tensors of one dimension.
+    """
     sizes = list(map(Tensor.numel, tensors))
-    blocks = [_flat(tensor) for tensor, size in zip(tensors, sizes, strict=True) if size > _SMALL]
-    small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size <= _SMALL]
+    total = sum(sizes)
+    if total <= min(_PIECE, len(tensors) * _SMALL):
+        return [_joined(tensors, total)]
+    blocks, small = [], []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if size <= _SMALL:
+            small.append(tensor)
+            continue
+        rest = size % _ROW
+        if rest:
+            rows, tensor = _flat(tensor).split((size - rest, rest))
+            blocks.append(rows)
+            small.append(tensor)
+        else:
+            blocks.append(_flat(tensor))
     # So many at a time that a buffer has at most _PIECE elements.
-    group = _PIECE // _SMALL if sum(sizes) > _PIECE else len(small)
-    for start in range(0, len(small), max(1, group)):
-        blocks.append(torch._utils._flatten_dense_tensors(small[start : start + group]))
+    group = _PIECE // _SMALL
+    for start in range(0, len(small), group):
+        some = small[start : start + group]
+        blocks.append(_joined(some, sum(map(Tensor.numel, some))))
     return blocks
+
+
+def _joined(tensors: list[Tensor], total: int) -> Tensor:
+    """The elements of tensors, ``total`` in all, in one dimension, with zeros up to a whole row."""
+    missing = -total % _ROW
+    if missing:
+        tensors = [*tensors, tensors[0].new_zeros(missing)]
+    return torch._utils._flatten_dense_tensors(tensors)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -473,11 +500,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _row_norms(flat: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Norms of the short rows that a tensor of one dimension can be cut into, and of what is left."""
+    """Norms of the short rows that a tensor of one dimension consists of."""
     if flat.dtype != dtype:
-        return [norm for piece in flat.split(_PIECE) for norm in _row_norms(piece.to(dtype), dtype)]
-    rest = len(flat) % _ROW
-    if not rest:
-        return [torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1)]
-    rows, rest = flat.split((len(flat) - rest, rest))
-    return [torch.linalg.vector_norm(rows.view(-1, _ROW), dim=1), torch.linalg.vector_norm(rest).view(1)]
+        pieces = flat.split(_PIECE // _ROW * _ROW)
+        return [norm for piece in pieces for norm in _row_norms(piece.to(dtype), dtype)]
+    return [torch.linalg.vector_norm(flat.view(len(flat) // _ROW, _ROW), dim=1)]

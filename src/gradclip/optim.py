@@ -27,6 +27,8 @@ from gradclip.norms import (
 from gradclip.rules import RULES, check_choice, check_number, clip_factor, factor_of_number
 from gradclip.smoothness.fit import recommend
 
+__all__ = ["ClippedSGD", "MixedClippedSGD", "ParameterAgnosticLR", "PolyakClippedSGD"]
+
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 # From this factor on, the fused kernel's 1 - (1 - factor) is the factor to a relative 2**-33.
@@ -245,8 +247,10 @@ class _Clipping(torch.optim.Optimizer):
         return norm.isfinite()
 
     def _record(self, norm: Tensor, factor: float | Tensor, skipped: Tensor | None) -> None:
-        factor = factor.to(norm.dtype) if isinstance(factor, Tensor) else torch.full_like(norm, factor)
-        last = torch.stack((norm, factor))
+        if isinstance(factor, Tensor):
+            last = torch.stack((norm, factor.to(norm.dtype)))
+        else:  # a number, which it is where reading the norm as one costs nothing
+            last = torch.tensor((norm.item(), factor), dtype=norm.dtype)
         count = self._skipped if skipped is None else self._skipped.to(norm.device) + skipped
         if torch.compiler.is_compiling():
             # torch.compile loses assignments to attributes of optimizers, but not what is written to tensors.
@@ -266,11 +270,13 @@ class _Clipping(torch.optim.Optimizer):
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         """Momentum of each parameter, zero at first."""
-        states = [self.state[p] for p in params]
-        for parameter, state in zip(params, states, strict=True):
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-        return [state["momentum_buffer"] for state in states]
+        momenta = [state.get("momentum_buffer") for state in map(self.state.__getitem__, params)]
+        if type(None) not in set(map(type, momenta)):
+            return momenta
+        for parameter, momentum in zip(params, momenta, strict=True):
+            if momentum is None:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [self.state[parameter]["momentum_buffer"] for parameter in params]
 
 
 class ClippedSGD(_Clipping):
@@ -289,7 +295,8 @@ class ClippedSGD(_Clipping):
     ``hard``, ``soft`` and ``log`` is at most ``lr * max_norm`` long, one of ``normalize`` exactly.
 
     ``.grad`` is left as it is: the factor goes into the update. With ``scope="global"`` on a CPU, the plain
-    and the momentum step make no copy of the gradient; with another scope a step has a temporary one. A step
+    and the momentum step make no copy of the gradient, but for the small buffer of
+    :func:`~gradclip.norms.total_norm`; with another scope a step has a temporary one. A step
     does not wait for the device, except with ``nonfinite="raise"``, and can be compiled as a whole by
     :func:`torch.compile`.
 
