@@ -461,6 +461,20 @@ def test_soft_clipping_with_the_recommendation_is_the_best_step_of_the_quadratic
     assert model(step) < min(model(0.9 * step), model(1.1 * step))
 
 
+@pytest.mark.parametrize("multiple", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("intercept", "rule"), [(4.0, "soft"), (3e-3, "soft"), (3e-4, "normalize")])
+def test_a_line_recommends_a_multiple_of_its_step(intercept, rule, multiple):
+    # L1 = 2 and g from 1/2: 1e-3 of L1 g is 1e-3 at the least, below which the intercept is left out.
+    g = np.arange(1.0, 9.0) / 2
+    advice = fit(g, intercept + 2.0 * g, method="envelope").recommend(multiple)
+    assert advice.rule == rule
+    norms = torch.from_numpy(g)
+    lengths = advice.lr * clip_factor(norms, advice.max_norm, rule=advice.rule) * norms
+    # 3e-4 is left out of at least 1 + 3e-4; the line itself comes back to the solver's 1e-10.
+    rel = 3.1e-4 if rule == "normalize" else 1e-6
+    assert lengths.tolist() == pytest.approx((multiple * g / (intercept + 2.0 * g)).tolist(), rel=rel)
+
+
 def test_without_growth_there_is_nothing_to_clip():
     assert recommend(4.0, 0.0).max_norm == math.inf
     assert recommend(4.0, 0.0).lr == 0.25

@@ -853,6 +853,25 @@ def square() -> Tensor:
     return (X**2).sum()
 
 
+def test_a_fused_kernel_that_the_loss_insists_on_is_named_with_the_way_around_it():
+    q = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def loss(backend):
+        with torch.nn.attention.sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, q, q).square().sum()
+
+    backends = torch.nn.attention.SDPBackend
+    message = r"the loss has no second derivative: .*attention.* is not implemented; .*SDPBackend\.MATH\):`$"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        hessian_norm(lambda: loss(backends.FLASH_ATTENTION), [q])
+    assert "is not implemented" in str(caught.value.__cause__)  # torch's own words
+    # What the message says helps.
+    assert hessian_norm(lambda: loss(backends.MATH), [q]).value > 0
+    # Another operation has another way around it.
+    with pytest.raises(RuntimeError, match=r"that of _cdist_backward is not implemented; write it out by"):
+        hessian_norm(lambda: torch.cdist(q[0, 0], 1 + q[0, 0], p=1.5).sum(), [q])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

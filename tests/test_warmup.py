@@ -62,7 +62,17 @@ def test_the_line_is_the_median_one_and_the_step_a_multiple_of_its_step():
     w = vector(1.0, -2.0, 0.5)
     found = warm_up([lambda: (w**4).sum() + (CURVATURES * w**2).sum()] * 12, [w], multiple=2.0)
     line = fit(found.grad_norms, found.smoothness, method="quantile", quantile=0.5)
+    assert (found.fit().L0, found.fit().L1) == (line.L0, line.L1)
     assert found.recommend() == recommend(line.L0 / 2, line.L1 / 2)
+
+
+def test_the_advised_step_can_have_another_multiple_than_the_warm_up():
+    w = vector(1.0, -2.0, 0.5)
+    found = warm_up([lambda: (w**4).sum() + (CURVATURES * w**2).sum()] * 12, [w], multiple=2.0)
+    single, double = found.recommend(1.0), found.recommend()
+    # A power of two, so exact. The threshold L0/L1 is of the line, not of the step.
+    assert (double.lr, double.max_norm, double.rule) == (2 * single.lr, single.max_norm, single.rule)
+    assert found.recommend(2.0) == double
 
 
 @pytest.fixture
@@ -162,8 +172,21 @@ def test_a_negligible_intercept_is_none(intercept, rule):
 @pytest.mark.parametrize("multiple", [0.0, -1.0, math.nan, math.inf])
 def test_a_wrong_multiple_is_named(multiple):
     w = vector(1.0)
-    with pytest.raises(ValueError, match=f"multiple must be positive and finite, got {multiple}"):
+    message = f"multiple must be positive and finite, got {multiple}"
+    with pytest.raises(ValueError, match=message):
         warm_up([lambda: (w**2).sum()], [w], multiple=multiple)
+    norms = tuple(float(g) for g in range(1, 9))
+    with pytest.raises(ValueError, match=message):
+        WarmUp(norms, norms, norms, norms, multiple=2.0).recommend(multiple)
+
+
+def test_a_frozen_parameter_is_named_and_the_way_around_it():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    message = "params[0] must be a leaf that requires a gradient, got is_leaf=True, requires_grad=False; "
+    message += "list [p for p in model.parameters() if p.requires_grad]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        warm_up([], model.parameters())
 
 
 def test_wrong_kinds_are_named():

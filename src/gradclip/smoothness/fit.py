@@ -20,6 +20,7 @@ __all__ = ["Fit", "Interval", "Recommendation", "fit", "recommend"]
 _Array = NDArray[np.float64]
 _METHODS = ("ols", "quantile", "envelope")
 _FEWEST = 8
+_NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,34 @@ class Fit:
         if isinstance(g, (list, tuple)):
             g = np.asarray(g, dtype=np.float64)
         return self.L0 + self.L1 * g
+
+    def recommend(self, multiple: float = 1.0) -> Recommendation:
+        """Learning rate and threshold of the step multiple/(L0 + L1 g), see the function :func:`recommend`.
+
+        An L0 that is below a thousandth of L1 g at every point counts as 0: the steps are the same to that
+        accuracy, and the learning rate, which weight decay would multiply with, does not explode.
+
+        Args:
+            multiple: length of the step in units of 1/(L0 + L1 g), positive.
+
+        Returns:
+            A :class:`Recommendation`.
+
+        Raises:
+            TypeError: if ``multiple`` is not a number.
+            ValueError: if ``multiple`` is not positive and finite.
+
+        Example:
+            >>> g = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+            >>> advice = fit(g, [4.0 + 2.0 * x for x in g], method="ols").recommend(2.0)
+            >>> round(advice.lr, 3), round(advice.max_norm, 3), advice.rule
+            (0.5, 2.0, 'soft')
+        """
+        check_multiple(multiple)
+        intercept = self.L0
+        if intercept < _NEGLIGIBLE * self.L1 * self._grad_norms.min():
+            intercept = 0.0
+        return recommend(intercept / multiple, self.L1 / multiple)
 
     def interval(
         self, level: float = 0.95, *, block: int | None = None, resamples: int = 1000, seed: int = 0
@@ -297,6 +326,12 @@ def recommend(L0: float, L1: float) -> Recommendation:
             )
         return Recommendation(lr=1.0 / L1, max_norm=1.0, rule="normalize")
     return Recommendation(lr=1.0 / L0, max_norm=L0 / L1 if L1 > 0.0 else math.inf)
+
+
+def check_multiple(multiple: float) -> None:
+    check_number("multiple", multiple)
+    if not 0.0 < multiple < math.inf:
+        raise ValueError(f"multiple must be positive and finite, got {multiple}")
 
 
 def _vector(name: str, data: Iterable) -> _Array:

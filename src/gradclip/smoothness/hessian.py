@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -146,7 +147,8 @@ def hessian_norm(
             scalar.
         TypeError: if ``loss`` is not callable, or ``tol`` or ``confidence`` not a number.
         RuntimeError: if the loss, its gradient or a product is not finite, or if torch has no second
-            derivative for an operation.
+            derivative for an operation; of attention that is so only where ``loss`` itself asks for a fused
+            kernel, and the message says what to do.
 
     References:
         The bound: van Dorsselaer, Hochstenbach and van der Vorst, "Computing probabilistic bounds for extreme
@@ -332,6 +334,7 @@ def _prepared(
 def hessian_at(loss: Callable[[], Tensor], params: list[Tensor]) -> Iterator[_Hessian]:
     """The Hessian where the parameters are, good for products as long as the context is open."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_told_what_to_do())
         rewind = stack.enter_context(undisturbed())
         stack.enter_context(torch.enable_grad())
         # Until the last product, because a checkpointed part of the loss runs again inside every one.
@@ -351,6 +354,26 @@ def hessian_at(loss: Callable[[], Tensor], params: list[Tensor]) -> Iterator[_He
             # Derivatives have the dtypes of the forward pass; a caller's autocast would cast them again.
             stack.enter_context(torch.autocast(device, enabled=False))
         yield _Hessian(value, params)
+
+
+@contextlib.contextmanager
+def _told_what_to_do() -> Iterator[None]:
+    """Adds to torch's message, where an operation has no second derivative, how to do without it."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
+        if not found:
+            raise
+        name, remedy = found[1], "write it out by operations that have one"
+        if "attention" in name:
+            remedy = (
+                "call attention inside the loss by the plain formula, "
+                "`with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`"
+            )
+        raise RuntimeError(
+            f"the loss has no second derivative: that of {name} is not implemented; {remedy}"
+        ) from error
 
 
 _RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))

@@ -201,9 +201,11 @@ def check_params(params: list[Tensor]) -> None:
         if not p.is_floating_point():
             raise ValueError(f"params[{i}] must be real floating point, got {p.dtype}")
         if not (p.is_leaf and p.requires_grad):
+            # `requires_grad` is False for frozen parameters alone: what is computed from others inherits it.
+            advice = "" if p.requires_grad else "; list [p for p in model.parameters() if p.requires_grad]"
             raise ValueError(
                 f"params[{i}] must be a leaf that requires a gradient, "
-                f"got is_leaf={p.is_leaf}, requires_grad={p.requires_grad}"
+                f"got is_leaf={p.is_leaf}, requires_grad={p.requires_grad}{advice}"
             )
         # Its share of the norms would count twice, and of its two steps only the last would be taken.
         if id(p) in seen:

@@ -1,20 +1,16 @@
 """Steps that find their own length, and the learning rate and threshold that they suggest."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from gradclip.norms import total_norm
-from gradclip.rules import check_number
-from gradclip.smoothness.fit import Fit, Recommendation, fit, recommend
+from gradclip.smoothness.fit import Fit, Recommendation, check_multiple, fit
 from gradclip.smoothness.hessian import NotFiniteError, hessian_at
 from gradclip.smoothness.path import check_loss, check_params, listed
 
 __all__ = ["WarmUp", "warm_up"]
-
-_NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,30 +40,33 @@ class WarmUp:
             ValueError: There are fewer than eight points; the message says why the warm-up ended, if it did.
         """
         try:
-            return fit(self.grad_norms, self.smoothness, method="quantile", quantile=0.5)
+            return median_line(self.grad_norms, self.smoothness)
         except ValueError as error:
             if not self.stopped:
                 raise
             raise ValueError(f"{error}; the warm-up ended early: {self.stopped}") from None
 
-    def recommend(self) -> Recommendation:
-        """Learning rate and threshold of the step multiple/(L0 + L1 g), L0 and L1 from :meth:`fit`.
-
-        An L0 that is below a thousandth of L1 g at every point counts as 0: the steps are the same to that
-        accuracy, and the learning rate, which weight decay would multiply with, does not explode.
+    def recommend(self, multiple: float | None = None) -> Recommendation:
+        """Learning rate and threshold of the step multiple/(L0 + L1 g), by :meth:`.Fit.recommend`.
 
         The advice is for steps without momentum. With momentum m, the update adds up to 1/(1 - m) gradients:
         multiply the learning rate by 1 - m. From batch to batch the product of the two numbers, the length of
         a clipped step, is steadier than either.
 
+        Args:
+            multiple: Length of the advised step in units of 1/(L0 + L1 g); by default that of the warm-up's
+                steps in units of 1/h_k.
+
         Raises:
-            ValueError: As for :meth:`fit`.
+            TypeError: ``multiple`` is not a number.
+            ValueError: As for :meth:`fit`, or ``multiple`` is not positive and finite.
         """
-        line = self.fit()
-        intercept = line.L0
-        if intercept < _NEGLIGIBLE * line.L1 * min(self.grad_norms):
-            intercept = 0.0
-        return recommend(intercept / self.multiple, line.L1 / self.multiple)
+        return self.fit().recommend(self.multiple if multiple is None else multiple)
+
+
+def median_line(grad_norms: Iterable[float], smoothness: Iterable[float]) -> Fit:
+    """The line of :meth:`WarmUp.fit`, half of the points on or below it and half on or above."""
+    return fit(grad_norms, smoothness, method="quantile", quantile=0.5)
 
 
 def warm_up(
@@ -103,7 +102,7 @@ def warm_up(
     Raises:
         ValueError: ``multiple`` is not positive and finite, or as raised by :func:`.hessian_norm`.
         TypeError: An argument is of a wrong kind.
-        RuntimeError: The loss has no second derivative.
+        RuntimeError: The loss has no second derivative, as by :func:`.hessian_norm`.
 
     References:
         Cohen, Kaur, Li, Kolter and Talwalkar, "Gradient descent on neural networks typically occurs at the
@@ -118,9 +117,7 @@ def warm_up(
         >>> advice.rule, round(advice.lr, 1), round(advice.max_norm, 1), w.tolist()
         ('soft', 0.6, 1.0, [3.0, 1.0])
     """
-    check_number("multiple", multiple)
-    if not 0.0 < multiple < math.inf:
-        raise ValueError(f"multiple must be positive and finite, got {multiple}")
+    check_multiple(multiple)
     params = listed("params", params)
     check_params(params)
     saved = [p.detach().clone() for p in params]
