@@ -1,6 +1,7 @@
 """The experiment ``threshold``: every run of the plan, recipes against their definitions, scalars by hand."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -15,22 +16,25 @@ from gradclip.experiments._shell import numerical_settings
 from gradclip.experiments.threshold import (
     CANDIDATES,
     FEWEST,
+    FREE,
     GUESSED,
     GUESSES,
     LABELS,
+    MULTIPLES,
     OWN,
     RECIPES,
     TASKS,
     USUAL,
     Config,
-    advice,
     advised,
     grid,
+    lengths,
+    line,
     points,
     run,
     table,
 )
-from gradclip.smoothness import warm_up
+from gradclip.smoothness import WarmUp, fit, warm_up
 
 SMOKE = Config.profile("smoke")
 TIMED = tuple(f"{task}.{name}.cost" for task in TASKS for name in OWN)  # what a clock decides, and no seed
@@ -67,6 +71,7 @@ def test_the_record_has_every_run_of_the_plan(smoke):
         for name in LABELS:
             seeds = column(smoke, "seed", task=task, stage="evaluation", name=name)
             assert seeds.tolist() == list(SMOKE.seeds)
+        assert set(column(smoke, "max_norm", task=task, stage="evaluation", name="none")) == {math.inf}
         # One cell is kept, so the best with the first seed is taken, of all or of a threshold's own.
         for way in ("best", *USUAL):
             own = [i for i, (_, norm) in enumerate(cells) if way == "best" or norm == USUAL[way]]
@@ -90,6 +95,7 @@ def test_the_record_has_every_run_of_the_plan(smoke):
 
 def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
     tables = [block for block in threshold.__doc__.split("\n\n") if block.startswith("====")]
+    assert len(tables) == 3
     names, columns, keys = (re.findall(r"^``(.+?)``", block, re.MULTILINE) for block in tables)
     assert names == list(RECIPES)
     assert set(smoke.series) == {*columns}
@@ -100,13 +106,14 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
         filled = [key.replace(word, name) for name in parts[word]] if word else [key]
         expected |= {part.replace("TASK", task) for part in filled for task in TASKS}
     found = {re.sub(r"(\.(train|valid|accuracy))_(min|max)$", r"\1", key) for key in smoke.scalars}
-    found = {re.sub(r"(\.(gap|gain))_(low|high)$", r"\1", key) for key in found}
+    found = {re.sub(r"(\.(gap|gain|gain_\w+|doubling\.\w+))_(low|high)$", r"\1", key) for key in found}
     assert found == expected
 
 
 def test_a_record_belongs_to_its_recipes(smoke):
     assert smoke.config["recipes"]["edge"]["multiple"] == 2.0
     assert set(smoke.config["recipes"]) == set(RECIPES)
+    assert smoke.config["multiples"] == {"own": 1.0, "edge": 2.0}
 
 
 def test_a_stopped_run_goes_on_to_the_same_record(smoke, tmp_path, monkeypatch):
@@ -238,41 +245,116 @@ def made_up(n=FEWEST):
 
 
 def test_lines_of_the_recipes():
+    def found(recipe):
+        rows = made_up(9)
+        return line(
+            recipe, *([row[key] for row in rows] for key in ("grad_norm", RECIPES[recipe].smoothness))
+        )
+
+    def check(recipe, intercept, slope):
+        drawn = found(recipe)
+        assert drawn.L0 == pytest.approx(intercept, rel=1e-6)
+        assert drawn.L1 == pytest.approx(slope, rel=1e-6)
+
     # The envelope of points on and below a line is that line. An outlier raises it, and the median not.
-    assert advice("plain", made_up(9)) == pytest.approx((3.0, 2.0, 2.5))
-    intercept, slope, _ = advice("local", made_up(9))
-    assert intercept + slope * made_up(9)[3]["grad_norm"] == pytest.approx(made_up(9)[3]["local"])
-    for recipe in ("median", "own", "edge"):
-        assert advice(recipe, made_up(9)) == pytest.approx((1.0, 0.5, 2.5), rel=1e-6)
-    assert all(map(math.isnan, advice("plain", made_up(FEWEST - 1))))
+    check("plain", 3.0, 2.0)
+    assert found("local").predict(made_up(9)[3]["grad_norm"]) == pytest.approx(made_up(9)[3]["local"])
+    for recipe in ("median", *FREE):
+        check(recipe, 1.0, 0.5)
 
 
 def test_advice_follows_from_the_points_of_its_own_seed(smoke):
     for task, name in itertools.product(TASKS, CANDIDATES):
         recipe, source = CANDIDATES[name]
         found = advised(smoke, task, name)
-        lengths = []
         for i, seed in enumerate(SMOKE.seeds):
             some = points(smoke, task, source)
-            rows = [dict(zip(some, row, strict=True)) for row in zip(*some.values(), strict=True)]
-            rows = [row for row in rows if row["seed"] == seed]
-            if len(rows) < FEWEST:
+            here = some["seed"] == seed
+            if here.sum() < FEWEST:
                 assert found["final"][i] == math.inf
                 continue
-            intercept, slope, norm = advice(recipe, rows)
-            assert (found["L0"][i], found["L1"][i], found["norm"][i]) == (intercept, slope, norm)
-            multiple = 2.0 if name == "edge" else 1.0
+            norms, smoothness = some["grad_norm"][here], some["path" if recipe == "plain" else "local"][here]
+            method = {} if recipe in ("plain", "local") else {"method": "quantile", "quantile": 0.5}
+            drawn = fit(norms, smoothness, **method)
+            # Below a thousandth of the rest of the line everywhere, an intercept is none.
+            negligible = drawn.L0 / (drawn.L1 * norms.min()) < 1e-3 if drawn.L1 else False
+            intercept = 0.0 if negligible else drawn.L0
+            expected = (intercept, drawn.L1, np.median(norms))
+            assert tuple(found[key][i] for key in ("L0", "L1", "norm")) == expected
+            multiple = 2.0 if name in ("edge", "own-2") else 1.0
             lr, max_norm = found["lr"][i], found["max_norm"][i]
             if intercept == 0:
-                assert (lr, max_norm) == (pytest.approx(multiple / slope), 1.0)
+                assert (lr, max_norm) == (pytest.approx(multiple / drawn.L1), 1.0)
             else:
                 assert lr == pytest.approx(multiple / intercept)
-                assert max_norm == (pytest.approx(intercept / slope) if slope else math.inf)
-            # The step g/(L0 + L1 g) against the best cell's, which is clipped hard.
-            length = multiple * norm / (intercept + slope * norm)
-            best = advised(smoke, task, "best")
-            lengths.append(math.log2(length / (best["lr"][0] * min(norm, best["max_norm"][0]))))
-        assert smoke.scalars[f"{task}.{name}.octaves"] == pytest.approx(np.median(lengths), nan_ok=True)
+                assert max_norm == (pytest.approx(intercept / drawn.L1) if drawn.L1 else math.inf)
+            expected = multiple * expected[2] / (intercept + drawn.L1 * expected[2])
+            assert found["length"][i] == pytest.approx(expected)
+
+
+def test_two_recipes_are_what_a_reader_of_the_library_gets(smoke):
+    for task, name, seed in itertools.product(TASKS, OWN, SMOKE.seeds):
+        some = points(smoke, task, name)
+        rows = some["seed"] == seed
+        columns = (some[key][rows] for key in ("grad_norm", "local", "loss", "update_length"))
+        found = WarmUp(*map(tuple, columns), multiple=MULTIPLES[name])
+        # The step of the warm-up that was measured is the warm-up's own multiple of 1/h.
+        expected = found.multiple / np.array(found.smoothness) * found.grad_norms
+        assert found.update_lengths == pytest.approx(expected)
+        step = found.recommend()
+        where = {"task": task, "stage": "evaluation", "name": name, "seed": seed}
+        assert column(smoke, "lr", **where).tolist() == [step.lr]
+        assert column(smoke, "max_norm", **where).tolist() == [step.max_norm]
+
+
+def test_the_mixed_recipes_double_one_thing_each(smoke):
+    for task, (mixed, source) in itertools.product(TASKS, (("own-2", "own"), ("edge-1", "edge"))):
+        plain, other = advised(smoke, task, source), advised(smoke, task, mixed)
+        assert other["L1"].tolist() == plain["L1"].tolist()  # one warm-up, one line
+        factor = other["length"] / plain["length"]
+        assert factor.tolist() == [2.0 if mixed == "own-2" else 0.5] * len(SMOKE.seeds)
+
+
+def test_octaves_compare_two_steps_at_one_gradient_norm(smoke):
+    for task, name in itertools.product(TASKS, CANDIDATES):
+        found, best = advised(smoke, task, name), advised(smoke, task, "best")
+        own = points(smoke, task, "own")
+        multiple = 2.0 if name in ("edge", "own-2") else 1.0
+        octaves = []
+        for i, seed in enumerate(SMOKE.seeds):
+            g = np.median(own["grad_norm"][own["seed"] == seed])
+            # A step g/(L0 + L1 g) against the best cell's, which is clipped hard.
+            length = multiple * g / (found["L0"][i] + found["L1"][i] * g)
+            of_best = best["lr"][0] * min(g, best["max_norm"][0])
+            assert lengths(smoke, task, name)[i] == pytest.approx(length, nan_ok=True)
+            assert lengths(smoke, task, "best")[i] == pytest.approx(of_best)
+            octaves.append(math.log2(length / of_best))
+        expected = np.median([value for value in octaves if not math.isnan(value)])
+        assert smoke.scalars[f"{task}.{name}.octaves"] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "median"),
+    [
+        # (L0, L1, length): medians of L0 and of L1 alone would be 2 and 6, which no seed has.
+        ([(1.0, 9.0, 20.0), (2.0, 4.0, 40.0), (3.0, 6.0, 10.0)], 0),
+        ([(1.0, 9.0, 20.0), (2.0, 4.0, 40.0), (3.0, 6.0, 10.0), (4.0, 1.0, 30.0)], 0),
+        ([(1.0, 9.0, 50.0), (0.0, 4.0, 20.0), (3.0, 6.0, 10.0), (4.0, 1.0, 30.0)], 1),
+    ],
+    ids=["odd", "even", "normalised"],
+)
+def test_the_line_that_is_shown_is_that_of_one_seed(lines, median):
+    rows = []
+    for seed, (intercept, slope, length) in enumerate(lines):
+        row = functools.partial(threshold._row, "images", "evaluation", seed=seed)
+        rows += [row("own", norm=1.0), row("best", lr=1.0, max_norm=math.inf)]
+        rows += [row("edge", L0=intercept, L1=slope, length=length)]
+        rows += [threshold._row("images", "warm-up", "edge", seed, grad_norm=1.0)]
+    found = threshold._advice({key: np.array([row[key] for row in rows]) for key in rows[0]}, "edge")
+    intercept, slope, _ = lines[median]
+    assert (found["edge.L0"], found["edge.L1"]) == (intercept, slope)
+    assert found["edge.lr"] == (2.0 / intercept if intercept else math.inf)
+    assert found["edge.max_norm"] == intercept / slope
 
 
 def test_gaps_are_paired_and_their_interval_is_student_s(smoke):
@@ -289,10 +371,32 @@ def test_gaps_are_paired_and_their_interval_is_student_s(smoke):
             ends = stats.ttest_rel(losses, best).confidence_interval(0.95)
             assert smoke.scalars[f"{key}.gap_low"] == pytest.approx(ends.low, rel=1e-6)
             assert smoke.scalars[f"{key}.gap_high"] == pytest.approx(ends.high, rel=1e-6)
-        plain, edge = (
-            column(smoke, "final", task=task, stage="evaluation", name=n) for n in ("plain-middle", "edge")
+
+
+def test_gains_are_against_every_guess_and_split_into_two_doublings(smoke):
+    from scipy import stats
+
+    def final(task, name):
+        return column(smoke, "final", task=task, stage="evaluation", name=name)
+
+    keys = {"plain-short": "_short", "plain-middle": "", "plain-long": "_long", "own": "_own"}
+    for task in TASKS:
+        for other, end in keys.items():
+            expected = (final(task, other) - final(task, "edge")).mean()
+            assert smoke.scalars[f"{task}.edge.gain{end}"] == pytest.approx(expected, abs=1e-12)
+        # Rows: steps of the warm-up, columns: the advised step, single and double each. Its main effects.
+        mean = np.array(
+            [[final(task, n).mean() for n in row] for row in (("own", "own-2"), ("edge-1", "edge"))]
         )
-        assert smoke.scalars[f"{task}.edge.gain"] == pytest.approx((plain - edge).mean(), abs=1e-12)
+        effects = (mean[:, 0] - mean[:, 1]).mean(), (mean[0] - mean[1]).mean()
+        parts = [smoke.scalars[f"{task}.doubling.{part}"] for part in ("advice", "steps")]
+        assert parts == pytest.approx(effects, abs=1e-12)
+        assert sum(parts) == pytest.approx(smoke.scalars[f"{task}.edge.gain_own"], abs=1e-12)
+        # scipy's own paired test knows nothing of this code.
+        ends = stats.ttest_rel(final(task, "edge-1"), final(task, "own-2")).confidence_interval(0.95)
+        key = f"{task}.doubling.difference"
+        assert smoke.scalars[key] == pytest.approx(parts[0] - parts[1], abs=1e-12)
+        assert [smoke.scalars[f"{key}_{end}"] for end in ("low", "high")] == pytest.approx(ends, rel=1e-6)
 
 
 def test_what_is_read_off_the_grid(smoke):
@@ -360,7 +464,8 @@ def test_the_table_has_a_row_for_everything_that_was_evaluated(smoke):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norms": (1.0, math.inf)}, "norms must have 1 and 0.25 among them, got"),
+        ({"norms": (1.0, math.inf)}, "norms must have 1, 0.25 and inf among them, got"),
+        ({"norms": (0.25, 1.0)}, "norms must have 1, 0.25 and inf among them, got"),
         ({"seeds": (1,)}, "seeds must be two or more"),
         ({"seeds": (1, 100)}, "none of the tuning's"),
         (

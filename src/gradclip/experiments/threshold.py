@@ -9,23 +9,29 @@ alone::
 
 The plain recipe is the paper's: smoothness is the largest difference quotient along the step, the line lies
 above all points, and the warm-up is ordinary training with a learning rate that somebody has guessed, clipped
-at 1. Each further recipe changes one thing:
+at 1. Each further recipe changes one thing, and the last four are the combinations of two:
 
-============  ==========================================  ===========  ======================================
-recipe        smoothness                                  line         warm-up
-============  ==========================================  ===========  ======================================
-``plain``     along the step, :func:`.path_smoothness`    "envelope"   lr of the guess
-``local``     Hessian times gradient over its length      "envelope"   lr of the guess
-``median``    the same                                    median       lr of the guess
-``own``       the same                                    median       :func:`.warm_up`, multiple 1
-``edge``      the same                                    median       :func:`.warm_up`, multiple 2, and steps
-                                                                       twice as long
-============  ==========================================  ===========  ======================================
+============  ======================================  ==========  ===========================  ============
+recipe        smoothness                              line        warm-up                      step times
+============  ======================================  ==========  ===========================  ============
+``plain``     along the step,                         "envelope"  lr of the guess              1
+              :func:`.path_smoothness`
+``local``     Hessian times gradient over its length  "envelope"  lr of the guess              1
+``median``    the same                                median      lr of the guess              1
+``own``       the same                                median      :func:`.warm_up`,            1
+                                                                  multiple 1
+``own-2``     the same                                median      that of ``own``              2
+``edge-1``    the same                                median      that of ``edge``             1
+``edge``      the same                                median      :func:`.warm_up`,            2
+                                                                  multiple 2
+============  ======================================  ==========  ===========================  ============
 
 The first three are run behind three guesses, ``short``, ``middle`` and ``long``, a factor of eight apart. So
-a *candidate* is ``plain-short`` to ``median-long``, ``own`` or ``edge``. Beside them stand three usual ways
-to choose without measuring: ``norm-1`` and ``norm-0.25``, a fixed threshold, and ``autoclip``, the tenth
-percentile of the norms seen, each with its learning rate tuned on the axis of the grid. ``best`` is the best
+a *candidate* is ``plain-short`` to ``median-long``, or one of the last four. These take apart what ``edge``
+doubles together, the steps of the warm-up and the advised step; ``own`` and ``edge`` are what
+``warm_up(...).recommend()`` gives. Beside the candidates stand four usual ways to choose without measuring:
+``norm-1`` and ``norm-0.25``, a fixed threshold; ``none``, no threshold; and ``autoclip``, the tenth
+percentile of the norms seen; each with its learning rate tuned on the axis of the grid. ``best`` is the best
 cell.
 
 Four stages. *Tuning*: the grid and AutoClip's learning rates, with one seed. *Confirmation*: the best cells,
@@ -49,7 +55,8 @@ column               meaning
 ``seed``             seed of the initial weights
 ``lr``               learning rate
 ``max_norm``         threshold; nan for AutoClip
-``L0``               of the line, loss over parameter²; nan if there is none, and so is
+``L0``               of the line, loss over parameter², and 0 where :meth:`.Fit.recommend` takes it for 0;
+                     nan if there is no line, and so is
 ``L1``               1 over parameter
 ``length``           length of the advised step at the warm-up's median gradient norm
 ``norm``             that gradient norm
@@ -67,9 +74,13 @@ column               meaning
 
 Scalars. TASK is a task; NAME is ``best``, a usual way or a candidate; ADVICE is a candidate; RECIPE is
 ``plain``, ``local`` or ``median``; END is ``own`` or ``edge``. Behind ``train``, ``valid`` and ``accuracy``,
-``_min`` and ``_max`` are the least and the greatest value over the evaluation seeds; behind ``gap`` and
-``gain``, ``_low`` and ``_high`` are the ends of the 95 % interval, Student's t over the seeds. Nothing is
-corrected for the number of comparisons.
+``_min`` and ``_max`` are the least and the greatest value over the evaluation seeds; behind ``gap``,
+``gain`` to ``gain_own`` and all of ``doubling``, ``_low`` and ``_high`` are the ends of the 95 % interval,
+Student's t over the seeds. Nothing is corrected for the number of comparisons.
+
+The four numbers of a line, ``L0`` to ``max_norm``, are those of one seed: the one whose ``length`` is the
+median, of an even number of seeds the shorter of the two in the middle. So they belong together; they are nan
+if a seed has no advice.
 
 ============================  ==============================================================================
 key                           meaning
@@ -79,19 +90,27 @@ key                           meaning
 ``TASK.NAME.accuracy``        ``accuracy``, the same
 ``TASK.NAME.lost``            evaluation runs that end above the loss of guessing, or had no advice
 ``TASK.NAME.gap``             ``final`` minus that of ``best``, mean over seeds
-``TASK.NAME.lr``              learning rate; of advice, that of the median L0 and L1, inf where L0 is 0
-``TASK.NAME.max_norm``        threshold; of advice, L0/L1, the same
+``TASK.NAME.lr``              learning rate; of advice, the multiple over L0, so inf where L0 is 0
+``TASK.NAME.max_norm``        threshold; of advice, L0/L1
 ``TASK.NAME.beaten_by``       share of the grid's cells whose ``final`` is below ``TASK.NAME.train``
-``TASK.ADVICE.L0``            of the line, median over seeds
+``TASK.ADVICE.L0``            of the line, as in the series
 ``TASK.ADVICE.L1``            the same
 ``TASK.ADVICE.normalised``    evaluation seeds whose line has L0 = 0: all steps are equally long
-``TASK.ADVICE.octaves``       log2 of ``length`` over the length of the best cell's step at the same gradient
-                              norm, median over seeds
+``TASK.ADVICE.octaves``       log2 of the length of its step over that of the best cell's, median over seeds;
+                              of a seed, both are taken at one gradient norm, the ``norm`` of ``own``
 ``TASK.ADVICE.clipped``       share of the warm-up's gradient norms above L0/L1, mean over seeds
 ``TASK.RECIPE.spread``        octaves between the greatest and the least of the median ``length`` of its
-                              three guesses; inf if one has no advice
+                              three guesses, each at its own warm-up's ``norm``; inf if one has no advice
 ``TASK.END.cost``             time of its warm-up in training steps, median over seeds
 ``TASK.edge.gain``            ``final`` of ``plain-middle`` minus that of ``edge``, mean over seeds
+``TASK.edge.gain_short``      the same against ``plain-short``
+``TASK.edge.gain_long``       the same against ``plain-long``
+``TASK.edge.gain_own``        the same against ``own``; the sum of the next two
+``TASK.doubling.advice``      what twice the advised step gains: ``final`` of ``own`` minus that of ``own-2``,
+                              and of ``edge-1`` minus that of ``edge``, mean of the two and over seeds
+``TASK.doubling.steps``       what a warm-up with twice the steps gains: ``own`` minus ``edge-1``, and
+                              ``own-2`` minus ``edge``, the same
+``TASK.doubling.difference``  the first minus the second, which is ``edge-1`` minus ``own-2``
 ``TASK.best.edge``            whether the best cell lies at an end of an axis
 ``TASK.grid.cost``            training steps that tuning the grid takes
 ``TASK.grid.spread``          between thresholds of at most 1, each at its best learning rate: greatest minus
@@ -128,8 +147,9 @@ from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
 from gradclip.records import Record
 from gradclip.rules import clip_factor
-from gradclip.smoothness import Fit, directional_smoothness, fit, path_smoothness, recommend, warm_up
+from gradclip.smoothness import Fit, directional_smoothness, fit, path_smoothness, warm_up
 from gradclip.smoothness.hessian import NotFiniteError
+from gradclip.smoothness.warmup import median_line
 from gradclip.thresholds import Percentile
 
 NAME = "threshold"
@@ -149,7 +169,7 @@ class Recipe:
         label: Name in figures and tables.
         smoothness: Column of the series.
         line: Method of the line: "envelope", or "median" for the quantile 1/2.
-        multiple: Length of the step in units of 1/(L0 + L1 g).
+        multiple: Length of the advised step in units of 1/(L0 + L1 g).
     """
 
     label: str
@@ -163,22 +183,29 @@ RECIPES = {
     "local": Recipe("local curvature", "local", "envelope"),
     "median": Recipe("median line", "local", "median"),
     "own": Recipe("own steps", "local", "median"),
+    "own-2": Recipe("own steps, advice × 2", "local", "median", multiple=2.0),
+    "edge-1": Recipe("edge's steps, advice × 1", "local", "median"),
     "edge": Recipe("on the edge", "local", "median", multiple=2.0),
 }
 #: Behind a guessed learning rate.
 GUESSED = ("plain", "local", "median")
-OWN = ("own", "edge")
+#: Warm-ups that find their own steps: lengths in units of 1/h.
+MULTIPLES = {"own": 1.0, "edge": 2.0}
+OWN = tuple(MULTIPLES)
+#: Recipes without a guess, each with its warm-up.
+FREE = {"own": "own", "own-2": "own", "edge-1": "edge", "edge": "edge"}
 #: Recipe and warm-up of every candidate.
 CANDIDATES: dict[str, tuple[str, str]] = {
     **{f"{name}-{guess}": (name, guess) for name in GUESSED for guess in GUESSES},
-    **{name: (name, name) for name in OWN},
+    **{name: (name, source) for name, source in FREE.items()},
 }
 #: Ways to choose without measuring: thresholds of the grid, or None for AutoClip.
-USUAL: dict[str, float | None] = {"norm-1": 1.0, "norm-0.25": 0.25, "autoclip": None}
-LABELS = {"best": "best cell", "norm-1": "max_norm 1", "norm-0.25": "max_norm 0.25", "autoclip": "AutoClip"}
+USUAL: dict[str, float | None] = {"norm-1": 1.0, "norm-0.25": 0.25, "none": math.inf, "autoclip": None}
+LABELS = {"best": "best cell", "norm-1": "max_norm 1", "norm-0.25": "max_norm 0.25"}
+LABELS |= {"none": "no threshold", "autoclip": "AutoClip"}
 LABELS |= {
-    name: RECIPES[recipe].label + ("" if recipe in OWN else f", {guess}")
-    for name, (recipe, guess) in CANDIDATES.items()
+    name: RECIPES[recipe].label + ("" if recipe in FREE else f", {source}")
+    for name, (recipe, source) in CANDIDATES.items()
 }
 
 Task = Language | Pictures | Characters
@@ -217,7 +244,7 @@ class Config:
         language: The LSTM.
         images: The residual network.
         characters: The transformer.
-        norms: Thresholds of the grids, 1 and 0.25 among them; inf is no clipping.
+        norms: Thresholds of the grids, 1, 0.25 and inf, which is no clipping, among them.
         tuning_seeds: The seed of the grids, and that of the confirmation.
         kept: Cells that are confirmed, of the grid and of each usual way.
         seeds: Seeds of the runs that are compared; at least two.
@@ -243,8 +270,8 @@ class Config:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if not {1.0, 0.25} <= set(self.norms):
-            raise ValueError(f"norms must have 1 and 0.25 among them, got {self.norms}")
+        if not {1.0, 0.25, math.inf} <= set(self.norms):
+            raise ValueError(f"norms must have 1, 0.25 and inf among them, got {self.norms}")
         if len(self.seeds) < 2 or len({*self.tuning_seeds, *self.seeds}) < 2 + len(self.seeds):
             raise ValueError(
                 f"seeds must be two or more, and none of the tuning's {self.tuning_seeds}, got {self.seeds}"
@@ -407,7 +434,8 @@ def run(config: Config, out: str | Path) -> Record:
     hashes = "".join(_task(config, task).sha256 for task in TASKS)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()
     recipes = {name: dataclasses.asdict(recipe) for name, recipe in RECIPES.items()}
-    return recorded(NAME, config, out, functools.partial(_measure, config), sha256, recipes=recipes)
+    measure = functools.partial(_measure, config)
+    return recorded(NAME, config, out, measure, sha256, recipes=recipes, multiples=dict(MULTIPLES))
 
 
 # A worker makes the task of the configuration that it is sent, and keeps it for its next run.
@@ -523,48 +551,32 @@ def _evaluating(config: Config, rows: Sequence[Row]) -> list[functools.partial]:
                 for s in config.seeds
             ]
         for name, seed in itertools.product(CANDIDATES, config.seeds):
-            recipe, source = CANDIDATES[name]
-            points = [
-                row
-                for row in rows
-                if (row["task"], row["stage"], row["name"], row["seed"]) == (task, "warm-up", source, seed)
-            ]
-            jobs.append(functools.partial(_advised, config, task, name, seed, *advice(recipe, points)))
+            wanted = (task, "warm-up", CANDIDATES[name][1], seed)
+            points = [row for row in rows if (row["task"], row["stage"], row["name"], row["seed"]) == wanted]
+            jobs.append(functools.partial(_advised, config, task, name, seed, points))
     return jobs
 
 
-def advice(recipe: str, points: Sequence[Mapping[str, float]]) -> tuple[float, float, float]:
-    """The line of a recipe through the points of a warm-up.
-
-    Args:
-        recipe: A key of ``RECIPES``.
-        points: Rows of the series.
-
-    Returns:
-        L0, L1, and the median gradient norm; three times nan with fewer than eight points.
-    """
-    if len(points) < FEWEST:
-        return math.nan, math.nan, math.nan
-    norms = [point["grad_norm"] for point in points]
-    found = line(recipe, norms, [point[RECIPES[recipe].smoothness] for point in points])
-    return found.L0, found.L1, float(np.median(norms))
-
-
 def line(recipe: str, norms: Sequence[float], smoothness: Sequence[float]) -> Fit:
-    """The line of a recipe."""
+    """The line of a recipe through eight points or more."""
     if RECIPES[recipe].line == "median":
-        return fit(norms, smoothness, method="quantile", quantile=0.5)
+        return median_line(norms, smoothness)
     return fit(norms, smoothness, method="envelope")
 
 
 def _advised(
-    config: Config, task: str, name: str, seed: int, intercept: float, slope: float, norm: float
+    config: Config, task: str, name: str, seed: int, points: Sequence[Mapping[str, float]]
 ) -> list[Row]:
-    if math.isnan(norm):
+    """One run with the advice of a candidate, whose warm-up left these rows."""
+    if len(points) < FEWEST:
         lost = {"final": math.inf, "valid": math.inf, "accuracy": math.nan}
         return [_row(task, "evaluation", name, seed, **lost)]
-    multiple = RECIPES[CANDIDATES[name][0]].multiple
-    step = recommend(intercept / multiple, slope / multiple)
+    recipe = CANDIDATES[name][0]
+    norms = [point["grad_norm"] for point in points]
+    found = line(recipe, norms, [point[RECIPES[recipe].smoothness] for point in points])
+    multiple, slope, norm = RECIPES[recipe].multiple, found.L1, float(np.median(norms))
+    step = found.recommend(multiple)
+    intercept = 0.0 if step.rule == "normalize" else found.L0
     [row] = _train(config, task, "evaluation", name, seed, step.lr, step.max_norm, step.rule)
     length = multiple * norm / (intercept + slope * norm)
     return [{**row, "L0": intercept, "L1": slope, "norm": norm, "length": length}]
@@ -651,7 +663,7 @@ def _own(config: Config, task: str, name: str, seed: int) -> list[Row]:
     model = work.model(seed)
     batches = _batches(work, model, config.setting(task).warm_up)
     start = time.perf_counter()
-    found = warm_up(batches, list(model.parameters()), multiple=RECIPES[name].multiple)
+    found = warm_up(batches, list(model.parameters()), multiple=MULTIPLES[name])
     seconds = time.perf_counter() - start
     columns = (found.losses, found.grad_norms, found.smoothness, found.update_lengths)
     return [
@@ -695,19 +707,16 @@ def summarise(series: Columns, config: Config) -> dict[str, float | bool | int]:
         here = _select(series, task=task)
         setting, guess = config.setting(task), _task(config, task).guess
         found = _evaluated(here, guess) | _grid(here, setting, config)
-        best = _select(here, stage="evaluation", name="best")
         for name in CANDIDATES:
-            found |= _advice(_select(here, stage="evaluation", name=name), here, name, best)
+            found |= _advice(here, name)
         for recipe in GUESSED:
             lengths = [found.pop(f"{recipe}-{guess}.length") for guess in GUESSES]
             found[f"{recipe}.spread"] = (
                 math.inf if any(map(math.isnan, lengths)) else math.log2(max(lengths) / min(lengths))
             )
-        for name in OWN:
+        for name in FREE:
             del found[f"{name}.length"]
-        finals = [_select(here, stage="evaluation", name=name)["final"] for name in ("plain-middle", "edge")]
-        found |= _interval("edge.gain", finals[0] - finals[1])
-        found |= {
+        found |= _gains(here) | {
             "guess": guess,
             "tolerance": setting.tolerance,
             "steps": setting.steps,
@@ -769,19 +778,51 @@ def _grid(series: Columns, setting: Setting, config: Config) -> dict[str, float 
     }
 
 
-def _advice(runs: Columns, series: Columns, name: str, best: Columns) -> dict[str, float | int]:
-    """What a candidate's lines say, seed by seed."""
-    source = CANDIDATES[name][1]
-    shares, octaves = [], []
-    for i, seed in enumerate(runs["seed"]):
-        if math.isnan(runs["L0"][i]):
-            continue
+def _gains(series: Columns) -> dict[str, float]:
+    """What the recipe on the edge gains, and which of its two doublings does it."""
+    final = {name: _select(series, stage="evaluation", name=name)["final"] for name in CANDIDATES}
+    own, advice, steps, both = (final[name] for name in ("own", "own-2", "edge-1", "edge"))
+    with np.errstate(invalid="ignore"):
+        differences = {
+            "edge.gain": final["plain-middle"] - both,
+            "edge.gain_short": final["plain-short"] - both,
+            "edge.gain_long": final["plain-long"] - both,
+            "edge.gain_own": own - both,
+            "doubling.advice": ((own - advice) + (steps - both)) / 2,
+            "doubling.steps": ((own - steps) + (advice - both)) / 2,
+            "doubling.difference": steps - advice,
+        }
+    scalars = {}
+    for key, values in differences.items():
+        scalars |= _interval(key, values)
+    return scalars
+
+
+def _lengths(series: Columns, name: str) -> np.ndarray:
+    """Length of the step of what was evaluated at the median gradient norm of ``own``, one per seed."""
+    norms = _select(series, stage="evaluation", name="own")["norm"]
+    runs = _select(series, stage="evaluation", name=name)
+    if name in CANDIDATES:
+        return RECIPES[CANDIDATES[name][0]].multiple * norms / (runs["L0"] + runs["L1"] * norms)
+    return runs["lr"] * np.minimum(norms, runs["max_norm"])
+
+
+def _advice(series: Columns, name: str) -> dict[str, float | int]:
+    """What a candidate's lines say."""
+    recipe, source = CANDIDATES[name]
+    runs = _select(series, stage="evaluation", name=name)
+    shares = []
+    for seed, intercept, slope in zip(runs["seed"], runs["L0"], runs["L1"], strict=True):
         norms = _select(series, stage="warm-up", name=source, seed=seed)["grad_norm"]
-        shares.append((norms * runs["L1"][i] > runs["L0"][i]).mean())
-        length = best["lr"][0] * min(runs["norm"][i], best["max_norm"][0])
-        octaves.append(math.log2(runs["length"][i] / length))
-    intercept, slope = (float(np.median(runs[key])) for key in ("L0", "L1"))
-    multiple = RECIPES[CANDIDATES[name][0]].multiple
+        if not math.isnan(intercept):
+            shares.append((norms * slope > intercept).mean())
+    octaves = np.log2(_lengths(series, name) / _lengths(series, "best"))
+    octaves = octaves[~np.isnan(octaves)]
+    intercept = slope = math.nan
+    if not np.isnan(runs["length"]).any():
+        middle = np.argsort(runs["length"], kind="stable")[(len(runs["length"]) - 1) // 2]
+        intercept, slope = float(runs["L0"][middle]), float(runs["L1"][middle])
+    multiple = RECIPES[recipe].multiple
     return {
         f"{name}.L0": intercept,
         f"{name}.L1": slope,
@@ -790,7 +831,7 @@ def _advice(runs: Columns, series: Columns, name: str, best: Columns) -> dict[st
         f"{name}.length": float(np.median(runs["length"])),
         f"{name}.normalised": int((runs["L0"] == 0).sum()),
         f"{name}.clipped": float(np.mean(shares)) if shares else math.nan,
-        f"{name}.octaves": float(np.median(octaves)) if octaves else math.nan,
+        f"{name}.octaves": float(np.median(octaves)) if len(octaves) else math.nan,
     }
 
 
@@ -820,6 +861,21 @@ def points(record: Record, task: str, warm_up: str) -> dict[str, np.ndarray]:
 def advised(record: Record, task: str, name: str) -> dict[str, np.ndarray]:
     """The evaluation runs of a candidate, one row per seed."""
     return _select(record.series, task=task, stage="evaluation", name=name)
+
+
+def lengths(record: Record, task: str, name: str) -> np.ndarray:
+    """Length of the step of what was evaluated, one per seed, all at one gradient norm.
+
+    Args:
+        record: The record.
+        task: A task.
+        name: A candidate, ``best`` or a usual way; AutoClip's threshold moves, and its lengths are nan.
+
+    Returns:
+        Lengths at the median gradient norm of the warm-up ``own`` of that seed; nan if one of the two has no
+        advice.
+    """
+    return _lengths(_select(record.series, task=task), name)
 
 
 def table(record: Record, task: str) -> str:
