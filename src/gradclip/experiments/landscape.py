@@ -1,6 +1,8 @@
-"""Which part of "smoothness grows with the gradient norm" is the landscape? Controls on a language model.
+"""Which part of "smoothness grows with the gradient norm" is the landscape? Controls on text and on images.
 
-A two-layer tied LSTM is trained by SGD on a grid of learning rates η and clipping thresholds γ, and without
+Three networks: ``language``, a two-layer tied LSTM; ``images``, a residual network with batch norm, and
+``bare``, one without. The activation of these is smooth, because a short path does not measure the curvature
+of a ReLU network. Each is trained by SGD on a grid of learning rates η and clipping thresholds γ, and without
 clipping. At x_k, with d = x_{k+1} - x_k the update, and the batch of the step at both ends of a difference,
 
     L̂_a = ‖∇f(x_k + a d) - ∇f(x_k)‖ / (a ‖d‖)        along a fraction a of the step
@@ -12,8 +14,8 @@ clipping. At x_k, with d = x_{k+1} - x_k the update, and the batch of the step a
 s = -η g, and at the points of training without clipping along s = -η min(1, γ₀/‖g‖) g. They tell the points
 that clipping reaches from the length of its steps.
 
-*Full batch*: some runs read the same first batch at every step, so that training is gradient descent on one
-function.
+*Full batch*: some runs read the same batch at every step, the first of the text or the first images without
+augmentation, so that training is gradient descent on one function.
 
 With g = ∇f(x_k), the *level* of L̂_a is ‖g‖/(a ‖d‖) = max(1, ‖g‖/γ)/(a η), its value where the gradient
 changes by its own length. It knows nothing of the loss, and where steps are clipped it has a slope in ‖g‖ of
@@ -24,12 +26,14 @@ Series, one row per probed step; NaN where something was not measured:
 ====================  =====================================================================================
 column                meaning
 ====================  =====================================================================================
+``network``           ``language``, ``images`` or ``bare``
 ``lr``                learning rate η
 ``max_norm``          threshold γ; infinite in training without clipping
-``full``              1 where every step reads the first batch, 0 elsewhere
-``seed``              seed of the weights and of the random directions; all runs read the same batches
+``full``              1 where every step reads the same batch, 0 elsewhere
+``seed``              seed of the weights and of the random directions; all runs of a network read the same
+                      batches
 ``iteration``         training step k, from 0
-``loss``              loss of the batch at x_k, nats per word
+``loss``              loss of the batch at x_k, nats per word or per image
 ``grad_norm``         ‖∇f(x_k)‖ of the batch
 ``clip_factor``       min(1, γ/‖∇f(x_k)‖)
 ``update_length``     ‖d‖
@@ -38,20 +42,22 @@ column                meaning
 ``swapped_length``    ‖s‖
 ``along``             ‖∇²f(x_k) d‖ / ‖d‖
 ``random``            ‖∇²f(x_k) r‖ / ‖r‖
-``fixed_grad_norm``   gradient norm on a fixed batch, the first of the validation text
+``fixed_grad_norm``   gradient norm on a fixed batch, the first of the validation text or of the images held
+                      out
 ``fixed``             L̂_a on the fixed batch along the same d, a = 0.01
 ``hessian_norm``      ‖∇²f(x_k)‖ to 1 %, by residuals
 ``diverged``          1 in the last row of a run that was given up because its loss had passed ten times that
                       of guessing, and 0 everywhere else
 ====================  =====================================================================================
 
-Scalars. EST is ``midpoint`` (a = 0.5), ``local`` (a = 0.01), ``swapped``, ``along``, ``random``, or
-``fixed``, which goes with the gradient norm of the fixed batch. SUBSET is ``grid`` (all runs with clipping
-that are not of the full batch), ``clipped`` or ``unclipped`` (its steps with factor below 1, or of 1),
-``late`` (its probes after the first quarter of the training), ``plain_LR`` (no clipping, learning rate LR),
-``late_plain_LR``, or ``full`` (the runs on the full batch). *Within runs* means that the mean over each run
-is subtracted from the logarithms first, so that differences between runs do not count. Where there is nothing
-to compute from, a statistic is NaN.
+Scalars. Those of the language model have the keys below, those of the other networks have them behind
+``images.`` or ``bare.``; each network is summarised by itself. EST is ``midpoint`` (a = 0.5), ``local`` (a =
+0.01), ``swapped``, ``along``, ``random``, or ``fixed``, which goes with the gradient norm of the fixed batch.
+SUBSET is ``grid`` (all runs with clipping that are not of the full batch), ``clipped`` or ``unclipped`` (its
+steps with factor below 1, or of 1), ``late`` (its probes after the first quarter of the training),
+``plain_LR`` (no clipping, learning rate LR), ``late_plain_LR``, or ``full`` (the runs on the full batch).
+*Within runs* means that the mean over each run is subtracted from the logarithms first, so that differences
+between runs do not count. Where there is nothing to compute from, a statistic is NaN.
 
 Behind the key of a statistic, ``_min`` and ``_max`` are its least and greatest value over seeds, and ``_low``
 and ``_high`` the ends of the 95 % interval of a block bootstrap whose blocks are whole runs.
@@ -87,19 +93,24 @@ key                                  meaning
 ``edge.ratio_KIND``                  median of ‖∇²f‖ / (2/η_k), η_k = η min(1, γ/‖g‖): 1 on the edge of
                                      stability
 ``edge.slope_KIND``                  slope of ln ‖∇²f‖ on ln 2/η_k, over runs
+``edge.offset_KIND``                 height of that line over ln 2/η_k, as a factor, at the mean of ln 2/η_k:
+                                     the geometric mean of ‖∇²f‖ / (2/η_k). 1 on the edge, where the slope is
+                                     1 too
 ``fraction.deviation_A``             median of ``|L̂_a / along - 1|`` at a = A, over the runs of the grid
 ``fraction.agree_A``                 share of probes where it is at most 0.05
 ``fraction.largest``                 largest a whose median is at most 0.05; 0 if none
 ``fraction_clipped.deviation_A``     the same over clipped steps alone; so ``agree`` and ``largest``
 ``model.parameters``                 number of parameters
-``data.tokens``                      training tokens
-``data.vocabulary``                  different words
-``data.sha256``                      SHA-256 of the text
+``data.tokens``                      training tokens; of ``language``
+``data.vocabulary``                  different words; of ``language``
+``data.images``                      images to train on; of ``images`` and ``bare``
+``data.sha256``                      SHA-256 of the text or of the images
 ===================================  ========================================================================
 """
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -109,18 +120,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradclip.experiments._probing import assign, copies
 from gradclip.experiments._shell import chosen, recorded, run_tasks
 from gradclip.experiments._statistics import line, partial_correlation
-from gradclip.experiments._tasks import Language, losses
+from gradclip.experiments._tasks import Language, Pictures, losses
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
 from gradclip.records import Record
 from gradclip.smoothness import directional_smoothness, fit, hessian_norm, path_smoothness
 
 NAME = "landscape"
+#: The networks, and what their scalars' keys begin with.
+NETWORKS = {"language": "", "images": "images.", "bare": "bare."}
 FRACTIONS = (0.003, 0.01, 0.03, 0.1, 0.25, 0.5)
 LOCAL, MIDPOINT = 0.01, 0.5
 AGREEMENT = 0.05
@@ -136,22 +149,17 @@ ESTIMATORS = {
 _FITTED = 8  # points that `fit` needs
 _RESAMPLES, _SHUFFLES = 400, 200
 
+Task = Language | Pictures
 Series = Mapping[str, np.ndarray]
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides the result, apart from versions and hardware.
+class Setting:
+    """What is trained, over which grid, for how long, and how often it is measured.
 
     Args:
-        name: Name of the profile.
-        corpus: A key of ``_tasks.CORPORA``.
-        embedding: Width of the embedding and of the last LSTM layer.
-        hidden: Units of the other LSTM layers.
-        layers: LSTM layers.
-        batch: Streams of text side by side.
-        bptt: Words per stream and step.
+        task: The network and its data.
         lrs: Learning rates of the grid.
         max_norms: Thresholds of the grid.
         plain_lrs: Learning rates of the runs without clipping.
@@ -166,22 +174,14 @@ class Config:
             of ``probe_every``.
         hessian_every: So is the Hessian norm, half-way between two multiples; the half is a multiple of
             ``probe_every``.
-        seeds: Seeds.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads during the run.
+        full_images: Images of the full batch. Of text it is the first batch.
 
     Raises:
-        ValueError: What is measured rarely would fall between two probes, or ``full_max_norms`` has another
-            length than ``full_lrs``.
+        ValueError: What is measured rarely would fall between two probes, ``full_max_norms`` has another
+            length than ``full_lrs``, or a full batch of images has none.
     """
 
-    name: str
-    corpus: str
-    embedding: int
-    hidden: int
-    layers: int
-    batch: int
-    bptt: int
+    task: Task
     lrs: tuple[float, ...]
     max_norms: tuple[float, ...]
     plain_lrs: tuple[float, ...]
@@ -194,9 +194,7 @@ class Config:
     probe_every: int
     product_every: int
     hessian_every: int
-    seeds: tuple[int, ...]
-    device: str
-    threads: int = 1
+    full_images: int = 0
 
     def __post_init__(self) -> None:
         if len(self.full_lrs) != len(self.full_max_norms):
@@ -204,6 +202,8 @@ class Config:
                 f"full_max_norms must have one threshold for each of full_lrs={self.full_lrs}, "
                 f"got {self.full_max_norms}"
             )
+        if isinstance(self.task, Pictures) and self.full_lrs and self.full_images < 1:
+            raise ValueError(f"full_images must be at least 1, got {self.full_images}")
         for name, distance in (
             ("product_every", self.product_every),
             ("half of hessian_every", self.hessian_every / 2),
@@ -213,82 +213,6 @@ class Config:
                     f"{name} must be a multiple of probe_every={self.probe_every}, got {distance:g}"
                 )
 
-    @staticmethod
-    def profile(name: str) -> "Config":
-        """The configuration of a profile.
-
-        ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: a small model on the reference manual.
-        ``short`` is a larger one on the Penn Treebank, for a quarter of an hour on one CPU. ``paper`` is
-        the model and batch of the paper's released code on the Penn Treebank.
-
-        Raises:
-            ValueError: There is no such profile.
-        """
-        smoke = Config(
-            name="smoke",
-            corpus="reference-manual",
-            embedding=8,
-            hidden=12,
-            layers=2,
-            batch=4,
-            bptt=5,
-            lrs=(10.0, 30.0),
-            max_norms=(0.25, 1.0),
-            plain_lrs=(2.0, 30.0),
-            swap_max_norm=0.25,
-            full_lrs=(30.0,),
-            full_max_norms=(0.25,),
-            full_steps=20,
-            full_every=4,
-            steps=20,
-            probe_every=2,
-            product_every=4,
-            hessian_every=12,
-            seeds=(0, 1),
-            device="cpu",
-        )
-        cpu = dataclasses.replace(
-            smoke,
-            name="cpu",
-            embedding=32,
-            hidden=64,
-            batch=20,
-            bptt=15,
-            lrs=(10.0, 30.0, 60.0),
-            max_norms=(0.1, 0.25, 1.0),
-            full_lrs=(10.0, 30.0, 30.0),
-            full_max_norms=(0.1, 0.1, 0.25),
-            full_steps=300,
-            full_every=15,
-            steps=80,
-            product_every=8,
-            hessian_every=20,
-            seeds=(0, 1, 2),
-        )
-        short = dataclasses.replace(
-            cpu,
-            name="short",
-            corpus="penn-treebank",
-            embedding=64,
-            hidden=128,
-            bptt=20,
-            steps=100,
-        )
-        paper = dataclasses.replace(
-            short,
-            name="paper",
-            embedding=200,
-            hidden=512,
-            batch=256,
-            bptt=70,
-            full_steps=1000,
-            full_every=40,
-            steps=600,
-            hessian_every=80,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
-        return chosen(name, smoke, cpu, short, paper)
-
     @property
     def cells(self) -> list[tuple[float, float, bool]]:
         """Learning rate, threshold, and whether on the full batch, of every training."""
@@ -297,6 +221,218 @@ class Config:
             *((lr, math.inf, False) for lr in self.plain_lrs),
             *((lr, max_norm, True) for lr, max_norm in zip(self.full_lrs, self.full_max_norms, strict=True)),
         ]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result, apart from versions and hardware.
+
+    Args:
+        name: Name of the profile.
+        language: The LSTM.
+        images: The residual network with batch norm.
+        bare: The residual network without.
+        seeds: Seeds.
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads during the run.
+    """
+
+    name: str
+    language: Setting
+    images: Setting
+    bare: Setting
+    seeds: tuple[int, ...]
+    device: str
+    threads: int = 1
+
+    def setting(self, network: str) -> Setting:
+        """The setting of a network."""
+        return {"language": self.language, "images": self.images, "bare": self.bare}[network]
+
+    @staticmethod
+    def profile(name: str) -> "Config":
+        """The configuration of a profile.
+
+        ``smoke`` takes seconds, for tests. ``cpu`` is the book's run: small networks on the reference manual
+        and on scikit-learn's digits. ``short`` has the Penn Treebank and CIFAR-10, for a third of an hour on
+        one CPU. ``paper`` is the model and batch of the paper's released code on the Penn Treebank, and
+        ResNet-20 on CIFAR-10.
+
+        Raises:
+            ValueError: There is no such profile.
+        """
+        cpu = Config(
+            name="cpu",
+            language=Setting(
+                Language("reference-manual", embedding=32, hidden=64, layers=2, batch=20, bptt=15),
+                lrs=(10.0, 30.0, 60.0),
+                max_norms=(0.1, 0.25, 1.0),
+                plain_lrs=(2.0, 30.0),
+                swap_max_norm=0.25,
+                full_lrs=(10.0, 30.0, 30.0),
+                full_max_norms=(0.1, 0.1, 0.25),
+                full_steps=300,
+                full_every=15,
+                steps=80,
+                probe_every=2,
+                product_every=8,
+                hessian_every=20,
+            ),
+            images=Setting(
+                _pictures("digits", batch_norm=True),
+                lrs=(0.3, 1.0, 3.0),
+                max_norms=(0.25, 0.75, 1.25),
+                plain_lrs=(0.3,),
+                swap_max_norm=0.75,
+                full_lrs=(0.3, 0.3),
+                full_max_norms=(0.125, 4.0),
+                full_steps=160,
+                full_every=20,
+                steps=48,
+                probe_every=4,
+                product_every=24,
+                hessian_every=16,
+                full_images=128,
+            ),
+            bare=Setting(
+                _pictures("digits", batch_norm=False),
+                lrs=(0.1, 0.3, 1.0),
+                max_norms=(0.25, 1.0, 2.0),
+                plain_lrs=(0.1,),
+                swap_max_norm=1.0,
+                full_lrs=(0.05, 0.05),
+                full_max_norms=(0.5, 8.0),
+                full_steps=160,
+                full_every=20,
+                steps=48,
+                probe_every=4,
+                product_every=24,
+                hessian_every=16,
+                full_images=128,
+            ),
+            seeds=(0, 1, 2),
+            device="cpu",
+        )
+        tiny = {
+            "plain_lrs": (0.3,),
+            "full_lrs": (0.3,),
+            "full_max_norms": (0.5,),
+            "full_steps": 8,
+            "full_every": 4,
+            "steps": 16,
+            "probe_every": 2,
+            "product_every": 8,
+            "hessian_every": 8,
+            "full_images": 16,
+        }
+        smoke = dataclasses.replace(
+            cpu,
+            name="smoke",
+            language=dataclasses.replace(
+                cpu.language,
+                task=Language("reference-manual", embedding=8, hidden=12, layers=2, batch=4, bptt=5),
+                lrs=(10.0, 30.0),
+                max_norms=(0.25, 1.0),
+                plain_lrs=(2.0, 30.0),
+                full_lrs=(30.0,),
+                full_max_norms=(0.25,),
+                full_steps=20,
+                full_every=4,
+                steps=20,
+                product_every=4,
+                hessian_every=12,
+            ),
+            images=dataclasses.replace(
+                cpu.images,
+                task=_pictures("digits", width=2, batch=8, batch_norm=True),
+                lrs=(1.0,),
+                max_norms=(0.5, 1.5),
+                **tiny,
+            ),
+            bare=dataclasses.replace(
+                cpu.bare,
+                task=_pictures("digits", width=2, batch=8, batch_norm=False),
+                lrs=(0.3,),
+                max_norms=(0.5, 1.5),
+                **tiny,
+            ),
+            seeds=(0, 1),
+        )
+        short = dataclasses.replace(
+            cpu,
+            name="short",
+            language=dataclasses.replace(
+                cpu.language,
+                task=Language("penn-treebank", embedding=64, hidden=128, layers=2, batch=20, bptt=20),
+                steps=100,
+            ),
+            images=dataclasses.replace(
+                cpu.images,
+                task=_pictures("cifar10", batch_norm=True),
+                max_norms=(0.25, 0.5, 0.75),
+                swap_max_norm=0.5,
+                full_max_norms=(0.25, 4.0),
+                full_images=64,
+                steps=64,
+                product_every=16,
+            ),
+            bare=dataclasses.replace(
+                cpu.bare,
+                task=_pictures("cifar10", batch_norm=False),
+                max_norms=(0.125, 0.25, 0.5),
+                swap_max_norm=0.25,
+                full_lrs=(0.03, 0.03),
+                full_max_norms=(1.0, 8.0),
+                full_images=64,
+                steps=64,
+                product_every=16,
+            ),
+        )
+        long = {
+            "full_images": 1000,
+            "full_steps": 1000,
+            "full_every": 40,
+            "steps": 600,
+            "hessian_every": 80,
+        }
+        paper = dataclasses.replace(
+            short,
+            name="paper",
+            language=dataclasses.replace(
+                short.language,
+                task=Language("penn-treebank", embedding=200, hidden=512, layers=2, batch=256, bptt=70),
+                full_steps=1000,
+                full_every=40,
+                steps=600,
+                hessian_every=80,
+            ),
+            images=dataclasses.replace(
+                short.images,
+                task=_pictures("cifar10", blocks=3, width=16, batch=128, batch_norm=True),
+                **long,
+            ),
+            bare=dataclasses.replace(
+                short.bare,
+                task=_pictures("cifar10", blocks=3, width=16, batch=128, batch_norm=False),
+                **long,
+            ),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        return chosen(name, smoke, cpu, short, paper)
+
+
+def _pictures(images: str, *, batch_norm: bool, blocks: int = 1, width: int = 4, batch: int = 32) -> Pictures:
+    """A residual network with a smooth activation."""
+    return Pictures(
+        images,
+        blocks=blocks,
+        width=width,
+        batch=batch,
+        batch_norm=batch_norm,
+        held_out={"digits": 237, "cifar10": 5000}[images],
+        augment=images == "cifar10",
+        sharpness=16.0,
+    )
 
 
 def run(config: Config, out: str | Path) -> Record:
@@ -312,48 +448,57 @@ def run(config: Config, out: str | Path) -> Record:
         The record as read back from ``out``.
 
     Raises:
-        DataError: The corpus is missing or damaged.
+        DataError: A data set is missing or damaged.
     """
-    task = Language(
-        config.corpus,
-        embedding=config.embedding,
-        hidden=config.hidden,
-        layers=config.layers,
-        batch=config.batch,
-        bptt=config.bptt,
-        device=config.device,
-    )
-    return recorded(NAME, config, out, functools.partial(_measure, config, task), task.sha256)
+    hashes = "".join(_task(config, network).sha256 for network in NETWORKS)
+    sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+    return recorded(NAME, config, out, functools.partial(_measure, config), sha256)
+
+
+@functools.lru_cache(maxsize=len(NETWORKS))
+def _task(config: Config, network: str) -> Task:
+    return dataclasses.replace(config.setting(network).task, device=config.device)
 
 
 def _measure(
-    config: Config, task: Language, partial: Path, identity: Mapping[str, Any]
+    config: Config, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
     tasks = [
-        functools.partial(_train, config, task, *cell, seed) for cell in config.cells for seed in config.seeds
+        functools.partial(_train, config, network, *cell, seed)
+        for network in NETWORKS
+        for cell in config.setting(network).cells
+        for seed in config.seeds
     ]
     found, seconds = run_tasks(tasks, checkpoint=partial / "tasks.pt", identity=identity, label=NAME)
     rows = [row for part in found for row in part]
     series = {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
-    scalars = {
-        **summarise(series),
-        "model.parameters": sum(p.numel() for p in task.model(0).parameters()),
-        "data.tokens": len(task.text.train),
-        "data.vocabulary": len(task.text.vocabulary),
-        "data.sha256": task.sha256,
-    }
+    scalars: dict[str, Any] = {}
+    for network, before in NETWORKS.items():
+        here = summarise(of(series, network)) | _described(_task(config, network))
+        scalars |= {f"{before}{key}": value for key, value in here.items()}
     return series, scalars, seconds
 
 
-def _train(config: Config, task: Language, lr: float, max_norm: float, full: bool, seed: int) -> list[Row]:
+def _described(task: Task) -> dict[str, Any]:
+    if isinstance(task, Language):
+        data = {"data.tokens": len(task.text.train), "data.vocabulary": len(task.text.vocabulary)}
+    else:
+        data = {"data.images": len(task.data.train) - task.held_out}
+    parameters = sum(p.numel() for p in task.model(0).parameters())
+    return {"model.parameters": parameters, **data, "data.sha256": task.sha256}
+
+
+def _train(config: Config, network: str, lr: float, max_norm: float, full: bool, seed: int) -> list[Row]:
+    setting, task = config.setting(network), _task(config, network)
     model = task.model(seed)
     params = list(model.parameters())
     optimizer = ClippedSGD(params, lr, max_norm=max_norm)
     directions = torch.Generator().manual_seed(seed + 1)
+    whole = functools.partial(_full_batch, setting, task, model)
     state, rows = task.start(), []
-    for k in range(config.full_steps if full else config.steps):
-        number, before = (0, None) if full else (k, state)
-        loss, state = task.loss(model, number, before)
+    for k in range(setting.full_steps if full else setting.steps):
+        batch = whole if full else losses(task, model, k, state)
+        loss, state = (whole(), None) if full else task.loss(model, k, state)
         if not loss.item() <= 10 * task.guess:
             if rows:
                 rows[-1]["diverged"] = 1.0
@@ -362,16 +507,17 @@ def _train(config: Config, task: Language, lr: float, max_norm: float, full: boo
         loss.backward()
         gradient, here = [p.grad for p in params], copies(params)
         optimizer.step()
-        if k % (config.full_every if full else config.probe_every):
+        if k % (setting.full_every if full else setting.probe_every):
             continue
         ahead = copies(params)
         update = [b - a for a, b in zip(here, ahead, strict=True)]
         norm = optimizer.last_norm.item()
-        factor = 1.0 if math.isfinite(max_norm) else min(1.0, config.swap_max_norm / norm)
+        factor = 1.0 if math.isfinite(max_norm) else min(1.0, setting.swap_max_norm / norm)
         swapped = [-lr * factor * g for g in gradient]
         assign(params, here)
         rows.append(
             {
+                "network": network,
                 "lr": lr,
                 "max_norm": max_norm,
                 "full": float(full),
@@ -383,8 +529,8 @@ def _train(config: Config, task: Language, lr: float, max_norm: float, full: boo
                 "update_length": total_norm(update).item(),
                 "swapped_length": lr * factor * norm,
                 **_probe(
-                    _due(config, k, full),
-                    losses(task, model, number, before),
+                    _due(setting, k, full),
+                    batch,
                     lambda: task.fixed(model),
                     params,
                     gradient,
@@ -399,12 +545,18 @@ def _train(config: Config, task: Language, lr: float, max_norm: float, full: boo
     return rows
 
 
-def _due(config: Config, k: int, full: bool) -> tuple[bool, bool, bool]:
+def _full_batch(setting: Setting, task: Task, model: nn.Module) -> Tensor:
+    if isinstance(task, Pictures):
+        return task.leading(model, 0, setting.full_images)
+    return task.loss(model, 0, None)[0]
+
+
+def _due(setting: Setting, k: int, full: bool) -> tuple[bool, bool, bool]:
     """Whether the Hessian-vector product, the other fractions and batches, and the Hessian norm are due."""
     if full:
         return True, False, True
-    products = k % config.product_every == 0
-    return products, products, k % config.hessian_every == config.hessian_every // 2
+    products = k % setting.product_every == 0
+    return products, products, k % setting.hessian_every == setting.hessian_every // 2
 
 
 def _probe(
@@ -441,11 +593,22 @@ def _probe(
 # Statistics
 
 
+def of(series: Series, network: str) -> dict[str, np.ndarray]:
+    """The rows of one network.
+
+    Args:
+        series: The columns of a record.
+        network: A key of ``NETWORKS``.
+    """
+    rows = series["network"] == network
+    return {name: column[rows] for name, column in series.items()}
+
+
 def subsets(series: Series) -> dict[str, np.ndarray]:
     """Which rows belong to each SUBSET of the scalars, as masks.
 
     Args:
-        series: The columns of a record.
+        series: The columns of one network.
     """
     lr, max_norm, factor, k = (series[name] for name in ("lr", "max_norm", "clip_factor", "iteration"))
     full = series["full"] == 1
@@ -463,7 +626,7 @@ def fits(series: Series, estimator: str, rows: np.ndarray) -> dict[str, np.ndarr
     """The least-squares L1 of each run with a threshold, beside what the step length suggests.
 
     Args:
-        series: The columns of a record.
+        series: The columns of one network.
         estimator: A key of ``ESTIMATORS``.
         rows: Mask of the rows to use. Runs with fewer than eight of them, or with equal gradient norms, are
             left out.
@@ -502,10 +665,10 @@ def edge(series: Series) -> np.ndarray:
 
 
 def summarise(series: Series) -> dict[str, float | int]:
-    """The scalars that follow from the series; the module's docstring lists them.
+    """The scalars that follow from the series of one network; the module's docstring lists them.
 
     Args:
-        series: The columns of a record.
+        series: The columns of one network.
     """
     scalars: dict[str, float | int] = {}
     masks = subsets(series)
@@ -559,6 +722,7 @@ def summarise(series: Series) -> dict[str, float | int]:
         pairs = [np.log(np.stack([edge(series)[r], series["hessian_norm"][r]], axis=1)) for r in runs]
         scalars |= _intervals(f"edge.ratio_{kind}", _median_ratio, pairs, seeds)
         scalars |= _intervals(f"edge.slope_{kind}", lambda p: line(p)[0], pairs, seeds)
+        scalars |= _intervals(f"edge.offset_{kind}", _ratio, pairs, seeds)
     return (
         scalars
         | _fractions(series, "fraction", masks["grid"])
