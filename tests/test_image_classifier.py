@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import re
 
 import numpy as np
@@ -382,6 +383,21 @@ def test_a_stopped_run_goes_on_to_the_same_record(tmp_path, monkeypatch):
         np.testing.assert_array_equal(column, whole.series[name])
     run(SMOKE, tmp_path / "stopped")  # a finished one is read
     assert again == [2, 3]
+
+
+def test_runs_can_be_sent_to_workers(tmp_path, monkeypatch):
+    sent = []
+
+    def keep(tasks, *, workers, **options):
+        sent.extend((pickle.dumps(task), workers) for task in tasks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ic, "run_tasks", keep)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataclasses.replace(SMOKE, workers=3), tmp_path)
+    assert len(sent) == (len(SMOKE.cells) + 2) * len(SMOKE.seeds)
+    # Settings and names, and no images.
+    assert all(len(task) < 10_000 and workers == 3 for task, workers in sent)
 
 
 def every_step(train):

@@ -45,19 +45,20 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
 
 
 def test_a_stopped_run_goes_on_to_the_same_record(smoke, tmp_path, monkeypatch):
-    step = optimizers._Runs.step
+    row, calls = optimizers._Runs.row, []
 
-    def stop(self, iteration):
-        if iteration == 30:  # among the evaluation runs, which need the losses of the grid
+    def stop(self, *job):
+        if len(calls) == 30:  # among the evaluation runs, which need the losses of the grid
             raise KeyboardInterrupt
-        return step(self, iteration)
+        calls.append(job)
+        return row(self, *job)
 
-    monkeypatch.setattr(optimizers._Runs, "step", stop)
-    monkeypatch.setattr(optimizers, "CHECKPOINT_INTERVAL", 0.0)
+    monkeypatch.setattr(optimizers._Runs, "row", stop)
     with pytest.raises(KeyboardInterrupt):
         run(SMOKE, tmp_path)
-    monkeypatch.setattr(optimizers._Runs, "step", step)
+    monkeypatch.setattr(optimizers._Runs, "row", lambda self, *job: calls.append(job) or row(self, *job))
     resumed = run(SMOKE, tmp_path)
+    assert len(set(calls)) == len(calls) == resumed.scalars["runs"]  # none was run twice
     assert resumed.provenance["series_sha256"] == smoke.provenance["series_sha256"]
     # nan is not equal to itself: compared as text.
     assert repr(resumed.scalars) == repr(smoke.scalars)

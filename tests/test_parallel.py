@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gradclip import parallel, records
-from gradclip.__main__ import app
+from gradclip import experiments, parallel, records
+from gradclip.__main__ import _module, app
 from gradclip.data import text
-from gradclip.experiments import language_model
+from gradclip.experiments import image_classifier, language_model
+from gradclip.experiments.image_classifier import Cell
 
 SCRIPT = Path(__file__).with_name("shared_loss.py")
 TRAINING = Path(__file__).with_name("shared_training.py")
+RUNS = Path(__file__).with_name("shared_runs.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -139,12 +142,78 @@ def test_a_stopped_training_goes_on_to_the_same_bits_on_two_processes(tmp_path):
         resumed.load_state_dict(state)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What two processes find that share runs, and the folder of their records."""
+    folder = tmp_path_factory.mktemp("runs")
+    finish(start(*TORCHRUN, RUNS, folder))
+    return json.loads((folder / "result.json").read_text()), folder
+
+
+def test_shared_runs_that_were_stopped_give_the_bits_of_one_process(runs, tmp_path, monkeypatch):
+    found, folder = runs
+    cells = [Cell("momentum", True, math.inf), Cell("clipped", False, 16.0)]
+    monkeypatch.setattr(image_classifier.Config, "cells", property(lambda config: cells))
+    one = image_classifier.run(image_classifier.Config.profile("smoke"), tmp_path)
+    together = records.load(folder / "stopped" / "image-classifier" / "smoke-cpu")
+    assert together.provenance["series_sha256"] == one.provenance["series_sha256"]
+    assert repr(together.scalars) == repr(one.scalars)  # as text: nan is not equal to itself
+    assert (together.provenance["processes"], one.provenance["processes"]) == (2, 1)
+    assert [path.name for path in (folder / "stopped" / "image-classifier").iterdir()] == ["smoke-cpu"]
+    # Each process has a training behind it, in a checkpoint of its own, and goes on in the next one.
+    assert found["stopped"] == [True, True]
+    trainings = [f"{cell.name}-{seed}.pt" for cell in cells for seed in (0, 1)]
+    assert found["files"] == sorted([*trainings, "runs-0.pt", "runs-1.pt"])
+    assert found["again"] == [[2, 3]] * 2
+
+
+def test_tasks_run_as_if_alone_and_come_back_in_order(runs):
+    found, _ = runs
+    assert found["size"] == 2
+    for way in ("alone", "workers"):
+        assert [result["task"] for result in found[way]] == [0, 1, 2, 3, 4]
+        assert [result["seen"] for result in found[way]] == [[1, 0, 4, 1, True, False]] * 5
+    first, second = found["pids"]
+    assert [result["pid"] for result in found["alone"]] == [first, second, first, second, first]
+    assert not {result["pid"] for result in found["workers"]} & {first, second}
+    # With fewer tasks than processes all have the result, too.
+    assert [results[0]["pid"] for results in found["single"]] == [first, first]
+
+
+def test_a_task_that_fails_ends_all_processes(tmp_path):
+    process = start(*TORCHRUN, RUNS, tmp_path, "fail")
+    try:
+        _, errors = process.communicate(timeout=100)  # the other process would take 200 seconds
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "ArithmeticError: this task fails" in errors
+
+
+def test_on_the_command_line_shared_runs_give_the_record_of_one_process(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    arguments = ("gradclip", "run", "convergence", "--profile", "smoke", "--out")
+    [(out, errors)] = finish(start(*TORCHRUN, "-m", *arguments, two))
+    assert CliRunner().invoke(app, [*arguments[1:], str(one)]).exit_code == 0
+    assert out.strip() == str(two / "convergence" / "smoke-cpu")
+    assert errors.count("convergence (process 0 of 2): 100%") == 1
+    assert "process 1 of 2" not in errors
+    together, alone = (records.load(folder / "convergence" / "smoke-cpu") for folder in (two, one))
+    assert together.provenance["series_sha256"] == alone.provenance["series_sha256"]
+    assert repr(together.scalars) == repr(alone.scalars)
+
+
+def test_every_experiment_says_what_processes_share():
+    found = {name: experiments.shared(_module(name)) for name in experiments.names()}
+    assert found == dict.fromkeys(found, "runs") | {"language-model": "batches", "worst-case": None}
+
+
 def test_an_experiment_that_cannot_share_its_work_refuses(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    result = CliRunner().invoke(app, ["run", "landscape", "--profile", "smoke", "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["run", "worst-case", "--profile", "smoke", "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert "landscape cannot share its work among 2 processes" in result.stderr.replace("\n", " ")
+    assert "worst-case cannot share its work among 2 processes" in result.stderr.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
 
 

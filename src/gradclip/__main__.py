@@ -40,7 +40,8 @@ def run(
     """Run an experiment and save its record.
 
     A run that was stopped goes on where it was; one that is finished and current is not run again. Behind
-    `torchrun --nproc-per-node N -m`, several processes share every batch.
+    `torchrun --nproc-per-node N -m`, several processes share the runs of an experiment, or every batch of
+    language-model; an experiment with nothing to share refuses.
     """
     if name not in experiments.names():
         raise typer.BadParameter(f"no experiment {name!r}; choose from: {', '.join(experiments.names())}")
@@ -56,7 +57,7 @@ def run(
             here = "cpu, cuda" if torch.cuda.is_available() else "cpu"
             raise typer.BadParameter(f"no device {device!r}; choose from: {here}")
         config = dataclasses.replace(config, device=device)
-    if parallel.requested() > 1 and not getattr(module, "PARALLEL", False):
+    if parallel.requested() > 1 and experiments.shared(module) is None:
         raise typer.BadParameter(
             f"{name} cannot share its work among {parallel.requested()} processes; run it without torchrun"
         )

@@ -1,4 +1,4 @@
-"""Data parallelism under ``torchrun`` in which every derivative is the global one.
+"""Several processes under ``torchrun``: data parallelism in which every derivative is the global one.
 
 With R processes, each holding an equal share of a batch, the loss of the batch is f = (1/R) Σ_r f_r, f_r the
 mean over the share of process r. Two operations are enough to make everything that is computed from f on any
@@ -16,9 +16,14 @@ gradient, be it ``backward``, :func:`torch.autograd.grad` or a Hessian-vector pr
 what :func:`torch.autograd.grad` returns, so a measured gradient or a Hessian-vector product would be that of
 one process's share.
 
+Where an experiment consists of many independent runs, the processes share the runs instead: within
+:func:`alone` a process computes as if there were no other, and :func:`gathered` puts together what they have
+found.
+
 All processes must do the same in the same order, or they wait for each other for ever. They do, because what
 they decide by, norms and losses and random numbers from seeds, is the same on all of them: a sum over
-processes has the same bits everywhere.
+processes has the same bits everywhere. A process that fails ends with an error, whereupon ``torchrun`` ends
+the others.
 
 Without ``torchrun`` there is one process, and every function here does nothing.
 """
@@ -26,6 +31,8 @@ Without ``torchrun`` there is one process, and every function here does nothing.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -36,17 +43,26 @@ from torch import Tensor
 
 __all__ = [
     "ParallelError",
+    "alone",
     "average_gradients",
     "from_first",
+    "gathered",
     "joined",
     "mean",
     "own",
     "rank",
     "requested",
     "requested_rank",
+    "shows_progress",
     "size",
     "whole",
 ]
+
+# How long processes wait for one another. Those that share runs wait at the end for the one that has the
+# longest, which may take hours; that a process has died is for torchrun to see.
+_PATIENCE = datetime.timedelta(days=7)
+
+_is_alone = False
 
 
 class ParallelError(ValueError):
@@ -65,12 +81,32 @@ def requested_rank() -> int:
 
 def size() -> int:
     """How many processes have joined: R, or 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _is_alone else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0; process 0 writes files and shows progress."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """The number of this process, from 0; process 0 writes files."""
+    return dist.get_rank() if dist.is_initialized() and not _is_alone else 0
+
+
+def shows_progress() -> bool:
+    """Whether this is the first process, and not a worker of it."""
+    return requested_rank() == 0 and multiprocessing.parent_process() is None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In this context a process is the only one, for all functions here but ``requested``.
+
+    Nothing is shared, and nobody is waited for: the processes may do different things. What is made for one
+    process, such as a model or its share of a batch, must not be used outside, nor the other way round.
+    """
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
 
 
 @contextlib.contextmanager
@@ -96,7 +132,7 @@ def joined(device: torch.device | str) -> Iterator[None]:
         if local >= there:
             raise ParallelError(f"process {local} of this machine needs a GPU of its own, there are {there}")
         torch.cuda.set_device(local)
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -177,3 +213,12 @@ def from_first(value: Any) -> Any:
     box = [value if rank() == 0 else None]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes in the order of their numbers, on every process; they must be picklable."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values

@@ -69,7 +69,8 @@ def train(
     The states of torch's global generators are in it.
 
     Of several processes (:mod:`gradclip.parallel`) the first reads and writes the file and shows the bar. All
-    of them ask their run for its state, which must be the same on each: the state of the whole batch.
+    of them ask their run for its state, which must be the same on each: the state of the whole batch. A bar
+    within that of another training vanishes at its end.
 
     Args:
         run: The experiment, freshly made.
@@ -125,7 +126,13 @@ def train(
     pause = 0.2 if sys.stderr.isatty() else 10.0
     last_save = time.monotonic()
     with tqdm(
-        total=steps, initial=len(rows), desc=label, unit="step", mininterval=pause, disable=not first
+        total=steps,
+        initial=len(rows),
+        desc=label,
+        unit="step",
+        mininterval=pause,
+        leave=None,  # only a bar of its own, not one within another
+        disable=not parallel.shows_progress(),
     ) as bar:
         for iteration in range(len(rows), steps):
             start = time.monotonic()

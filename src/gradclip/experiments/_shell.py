@@ -137,41 +137,63 @@ def run_tasks(
 ) -> tuple[list[Any], float]:
     """Call the tasks, going on behind the last finished one after an interruption.
 
+    Of R processes (:mod:`gradclip.parallel`), process r takes tasks r, r + R, ..., each of which runs as if
+    there were no other process: the numbers are those of one. Every process keeps a checkpoint of its own.
+    At the end all have all results; one that is ready earlier waits for the last.
+
     Args:
-        tasks: Callables without arguments; what they return must be tensors, plain values and containers of
-            these. Each must make its own generators, so that it does not matter which ran before. With more
-            than one worker they must be picklable.
-        checkpoint: As for :func:`gradclip.train.train`; so are ``identity`` and ``label``.
+        tasks: Callables without arguments, the same on all processes; what they return must be tensors,
+            plain values and containers of these. Each must make its own generators, so that it does not
+            matter which ran before. With more than one worker they must be picklable.
+        checkpoint: As for :func:`gradclip.train.train`; so are ``identity`` and ``label``. Of several
+            processes each adds its number to the name.
         workers: Tasks at a time. With one, they run here, one after the other; with more, each worker is a
-            process with the numerical settings of the experiments.
+            process with the numerical settings of the experiments, on the same GPU as this one.
         threads: CPU threads of a worker.
 
     Returns:
-        What the tasks returned, in order, and the seconds they took.
+        What the tasks returned, in order, and the seconds they took; of several processes, the longest time.
     """
+    rank, size = parallel.rank(), parallel.size()
+    if size > 1:
+        checkpoint = checkpoint.with_stem(f"{checkpoint.stem}-{rank}")
+        label = f"{label} (process {rank} of {size})"
+    own = tasks[rank::size]
+    with parallel.alone(), _pool(workers, threads) as pool:
+        work = _Tasks(own, pool)
+        seconds = 0.0
+        if own or size == 1:
+            result = train(
+                work, len(own), checkpoint=checkpoint, identity=identity, label=label, interval=0.0
+            )
+            seconds = result.seconds
+    parts = parallel.gathered((work.done, seconds))
+    results = [parts[i % size][0][i // size] for i in range(len(tasks))]
+    return results, max(seconds for _, seconds in parts)
+
+
+@contextlib.contextmanager
+def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor | None]:
     if workers == 1:
-        return _run_tasks(_Tasks(tasks), checkpoint, identity, label)
+        yield None
+        return
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     # A forked process cannot use the GPU that its parent has used.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(threads,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(threads, gpu))
     try:
-        return _run_tasks(_Tasks(tasks, pool), checkpoint, identity, label)
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _run_tasks(
-    work: "_Tasks", checkpoint: Path, identity: Mapping[str, Any], label: str
-) -> tuple[list[Any], float]:
-    result = train(work, len(work.tasks), checkpoint=checkpoint, identity=identity, label=label, interval=0.0)
-    return work.done, result.seconds
 
 
 _settled = contextlib.ExitStack()
 
 
-def _settle(threads: int) -> None:
+def _settle(threads: int, gpu: int | None) -> None:
     """Enter the numerical settings for the rest of a worker's life."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     _settled.enter_context(numerical_settings(threads))
 
 

@@ -220,6 +220,8 @@ class Config:
         kink_fractions: Their fractions a, rising.
         kink_sharpness: Their finite β.
         device: ``"cpu"`` or ``"cuda"``.
+        workers: Runs at a time, each in a process of its own. They gain where one leaves the device
+            idle. Of several, progress is shown when one has ended.
         threads: CPU threads during the run.
 
     Raises:
@@ -248,6 +250,7 @@ class Config:
     kink_fractions: tuple[float, ...]
     kink_sharpness: tuple[float, ...]
     device: str
+    workers: int = 1
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -348,6 +351,7 @@ class Config:
             kink_steps=(400, 4_000),
             kink_images=(128, 384, 1_152),
             device="cuda" if torch.cuda.is_available() else "cpu",
+            workers=4,
         )
         return chosen(name, smoke, cpu, short, paper)
 
@@ -415,58 +419,37 @@ def run(config: Config, out: str | Path) -> Record:
     Raises:
         DataError: The images are missing or damaged.
     """
-    sha256 = config.task(batch_norm=True, sharpness=math.inf).sha256
+    sha256 = _task(config, True, math.inf).sha256
     return recorded(NAME, config, out, functools.partial(_measure, config), sha256)
+
+
+# A worker makes the tasks of the configuration that it is sent, and keeps them for its next run.
+@functools.lru_cache(maxsize=4)
+def _task(config: Config, batch_norm: bool, sharpness: float) -> Pictures:
+    return config.task(batch_norm=batch_norm, sharpness=sharpness)
 
 
 def _measure(
     config: Config, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
-    rows: list[Row] = []
+    jobs = list(product(config.cells, config.seeds))
+    found, seconds = run_tasks(
+        [
+            *(functools.partial(_train, config, cell, seed, partial, identity) for cell, seed in jobs),
+            *(functools.partial(_kinks, config, *job) for job in product((True, False), config.seeds)),
+        ],
+        checkpoint=partial / "runs.pt",
+        identity=identity,
+        label=NAME,
+        workers=config.workers,
+        threads=config.threads,
+    )
+    rows = [row for part, _ in found for row in part]
     outcomes: dict[str, list[dict[str, float]]] = {}
-    seconds = 0.0
-    # One task per network: each reads the images once.
-    tasks = {
-        (batch_norm, sharpness): config.task(batch_norm=batch_norm, sharpness=sharpness)
-        for batch_norm, sharpness in product((True, False), (math.inf, config.sharpness))
-    }
-    for cell in config.cells:
-        task = tasks[cell.batch_norm, cell.sharpness]
-        primary = cell.batch_norm and math.isinf(cell.sharpness)
-        steps = config.steps if primary else config.control_steps
-        for seed in config.seeds:
-            training = _Training(config, task, cell.setting, seed, steps)
-            label = f"{cell.name} seed {seed}"
-            result = train(
-                training,
-                steps,
-                checkpoint=partial / f"{cell.name}-{seed}.pt",
-                identity={**identity, "run": label},
-                label=label,
-            )
-            seconds += result.seconds
-            named = {
-                "kind": "training",
-                "setting": cell.setting,
-                "batch_norm": int(cell.batch_norm),
-                "sharpness": cell.sharpness,
-                "seed": seed,
-            }
-            rows += [
-                named | {name: values[k] for name, values in result.series.items()}
-                for k in range(0, steps, config.probe_every)
-            ]
-            outcomes.setdefault(cell.name, []).append(
-                {**task.evaluate(training.model), "test": task.test_accuracy(training.model)}
-            )
-    work = [
-        functools.partial(_kinks, config, tasks[batch_norm, math.inf], seed)
-        for batch_norm, seed in product((True, False), config.seeds)
-    ]
-    found, more = run_tasks(work, checkpoint=partial / "kinks.pt", identity=identity, label="kinks")
-    rows += [row for part in found for row in part]
+    for (cell, _), (_, outcome) in zip(jobs, found, strict=False):
+        outcomes.setdefault(cell.name, []).append(outcome)
     series = _table(rows)
-    primary = tasks[True, math.inf]
+    primary = _task(config, True, math.inf)
     scalars = {
         **summarise(series),
         **{
@@ -481,7 +464,37 @@ def _measure(
         "data.lossless": int(primary.data.lossless.sum()),
         "data.sha256": primary.sha256,
     }
-    return series, scalars, seconds + more
+    return series, scalars, seconds
+
+
+def _train(
+    config: Config, cell: Cell, seed: int, partial: Path, identity: Mapping[str, Any]
+) -> tuple[list[Row], dict[str, float]]:
+    """The probed steps of a training, which goes on where it was stopped, and how well the network does."""
+    task = _task(config, cell.batch_norm, cell.sharpness)
+    primary = cell.batch_norm and math.isinf(cell.sharpness)
+    steps = config.steps if primary else config.control_steps
+    training = _Training(config, task, cell.setting, seed, steps)
+    label = f"{cell.name} seed {seed}"
+    result = train(
+        training,
+        steps,
+        checkpoint=partial / f"{cell.name}-{seed}.pt",
+        identity={**identity, "run": label},
+        label=label,
+    )
+    named = {
+        "kind": "training",
+        "setting": cell.setting,
+        "batch_norm": int(cell.batch_norm),
+        "sharpness": cell.sharpness,
+        "seed": seed,
+    }
+    rows = [
+        named | {name: values[k] for name, values in result.series.items()}
+        for k in range(0, steps, config.probe_every)
+    ]
+    return rows, {**task.evaluate(training.model), "test": task.test_accuracy(training.model)}
 
 
 def _table(rows: list[Row]) -> dict[str, np.ndarray]:
@@ -633,8 +646,9 @@ def _units(task: Pictures, images: int) -> int:
     return sum(mask.numel() for mask in gates(model, lambda: task.leading(model, 0, images)))
 
 
-def _kinks(config: Config, task: Pictures, seed: int) -> list[Row]:
+def _kinks(config: Config, batch_norm: bool, seed: int) -> tuple[list[Row], dict[str, float]]:
     """Train with the default setting, and measure along some of its steps."""
+    task = _task(config, batch_norm, math.inf)
     model = task.model(seed)
     params = list(model.parameters())
     default = SETTINGS["momentum"]
@@ -661,7 +675,7 @@ def _kinks(config: Config, task: Pictures, seed: int) -> list[Row]:
             "update_length": total_norm(update).item(),
         }
         rows += [named | row for row in _paths(config, task, double, update)]
-    return rows
+    return rows, {}
 
 
 def _paths(config: Config, task: Pictures, model: ResNet, update: list[Tensor]) -> list[Row]:

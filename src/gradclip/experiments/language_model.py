@@ -167,7 +167,7 @@ from gradclip.smoothness import fit
 from gradclip.train import train
 
 NAME = "language-model"
-PARALLEL = True  # under torchrun
+SHARED = "batches"  # of several processes
 FEWEST = 8  # points, below which a fit says nothing
 RELEASED = ("released", "released_grad_norm", "released_segments")
 

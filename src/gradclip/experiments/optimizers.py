@@ -80,18 +80,16 @@ import torch
 from torch import Tensor
 
 from gradclip.data import text
-from gradclip.experiments._shell import chosen, html_table, paired, recorded, with_range
+from gradclip.experiments._shell import chosen, html_table, paired, recorded, run_tasks, with_range
 from gradclip.experiments._tasks import CORPORA, EVALUATION_BATCH
 from gradclip.models.lstm import LanguageModel
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD, MixedClippedSGD, ParameterAgnosticLR, PolyakClippedSGD
 from gradclip.records import Record
 from gradclip.thresholds import Percentile, ZScore
-from gradclip.train import train
 
 NAME = "optimizers"
 REFERENCE = "hard"
-CHECKPOINT_INTERVAL = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -306,32 +304,44 @@ def _measure(
     config: Config, corpus: text.Corpus, partial: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], float]:
     runs = _Runs(config, corpus)
-    result = train(
-        runs,
-        len(runs),
-        checkpoint=partial / "runs.pt",
-        identity=identity,
-        label=NAME,
-        interval=CHECKPOINT_INTERVAL,
+    stage = functools.partial(run_tasks, identity=identity)
+    tuned, seconds = stage(
+        [
+            functools.partial(runs.row, name, cell, config.tuning_seed, True)
+            for name in config.methods
+            for cell in range(len(METHODS[name].cells))
+        ],
+        checkpoint=partial / "tuning.pt",
+        label=f"{NAME} tuning",
     )
-    columns = {key: np.asarray(values) for key, values in result.series.items()}
-    del columns["loss"]
-    methods = np.asarray([config.methods[int(index)] for index in columns.pop("method")])
-    integers = {key: columns.pop(key).astype(np.int64) for key in ("cell", "seed")}
-    tuning = {"tuning": columns.pop("tuning").astype(bool)}
-    series = {"method": methods, **integers, **tuning, **columns}
+    # The first of the cells with the least loss.
+    best = {
+        name: min((row for row in tuned if row["method"] == name), key=lambda row: row["valid"])["cell"]
+        for name in config.methods
+    }
+    evaluated, more = stage(
+        [
+            functools.partial(runs.row, name, best[name], seed, False)
+            for name in config.methods
+            for seed in config.seeds
+        ],
+        checkpoint=partial / "evaluation.pt",
+        label=f"{NAME} evaluation",
+    )
+    rows = tuned + evaluated
+    series = {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
     scalars = {
         **summarise(series, untrained=runs.untrained),
         "valid.untrained": runs.untrained,
         "valid.unigram": text.unigram_loss(corpus),
-        "runs": len(runs),
+        "runs": len(rows),
         "model.parameters": sum(p.numel() for p in runs.model(config.tuning_seed).parameters()),
     }
-    return series, scalars, result.seconds
+    return series, scalars, seconds + more
 
 
 class _Runs:
-    """All training runs one after another, as :func:`gradclip.train.train` wants its steps."""
+    """The training runs."""
 
     def __init__(self, config: Config, corpus: text.Corpus) -> None:
         self.config, self.corpus = config, corpus
@@ -340,26 +350,13 @@ class _Runs:
         valid = text.batchify(corpus.valid.to(config.device), EVALUATION_BATCH)
         self.valid = text.segments(valid, 35)
         self.untrained = self.validation_loss(self.model(config.tuning_seed))
-        self.losses: dict[str, list[float]] = {name: [] for name in config.methods}
-        # Tuning first: an evaluation run needs the cells of its method.
-        self.plan = [
-            *((name, cell, config.tuning_seed) for name in config.methods for cell in range(_cells(name))),
-            *((name, None, seed) for name in config.methods for seed in config.seeds),
-        ]
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def step(self, iteration: int) -> dict[str, float]:
-        name, cell, seed = self.plan[iteration]
-        tuning = cell is not None
-        cell = cell if tuning else int(np.argmin(self.losses[name]))
+    def row(self, name: str, cell: int, seed: int, tuning: bool) -> dict[str, Any]:
+        """One run's row of the series."""
         first, second = METHODS[name].cells[cell]
         train_loss, valid_loss = self.train(METHODS[name], first, second, seed)
-        if tuning:
-            self.losses[name].append(valid_loss)
         return {
-            "method": self.config.methods.index(name),
+            "method": name,
             "cell": cell,
             "seed": seed,
             "tuning": tuning,
@@ -367,7 +364,6 @@ class _Runs:
             "second": second,
             "valid": valid_loss,
             "train": train_loss,
-            "loss": valid_loss,  # what the progress bar shows
         }
 
     def model(self, seed: int) -> LanguageModel:
@@ -415,16 +411,6 @@ class _Runs:
             loss, state = model.loss(words, targets, state)
             losses.append(loss.item())
         return float(np.mean(losses))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.losses = {name: list(values) for name, values in state["losses"].items()}
-
-
-def _cells(name: str) -> int:
-    return len(METHODS[name].cells)
 
 
 def summarise(series: Mapping[str, np.ndarray], *, untrained: float) -> dict[str, float | bool | int]:
