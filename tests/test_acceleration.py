@@ -186,6 +186,24 @@ def test_measuring_on_the_way_does_not_change_the_training(smoke):
         assert math.isnan(quiet[0]["reach"])
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_training_alone_may_use_tf32(monkeypatch, allowed):
+    seen = set()
+
+    def look(*arguments):
+        seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return original(*arguments)
+
+    original = acceleration._step
+    monkeypatch.setattr(acceleration, "_step", look)
+    config = dataclasses.replace(SMOKE, tf32=allowed)
+    with numerical_settings(1):
+        acceleration._train(config, "images", "hard", "tuning", 0, 7, 0.1, 1.0)
+        acceleration._cost(config, "images")
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    assert seen == {("high", True) if allowed else ("highest", False)}
+
+
 def test_a_diverged_run_leaves_a_record(tmp_path, monkeypatch):
     wild = {**GRIDS["digits"], "sgd": ((3e38,) * 9, (math.nan,))}
     monkeypatch.setitem(GRIDS, "digits", wild)

@@ -121,7 +121,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradclip.experiments._shell import chosen, html_table, paired, recorded, run_tasks, with_range
+from gradclip.experiments._shell import chosen, html_table, paired, recorded, run_tasks, tf32, with_range
 from gradclip.experiments._tasks import Language, Pictures
 from gradclip.norms import clip_grad_
 from gradclip.optim import ClippedSGD
@@ -279,6 +279,7 @@ class Config:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of a run.
         workers: Runs at a time, each in a process of its own. They gain where one run leaves the device idle.
+        tf32: Whether a GPU may use TF32.
 
     Raises:
         ValueError: A method or a pair is unknown, the blocks do not fit, or a seed serves both purposes.
@@ -299,6 +300,7 @@ class Config:
     device: str
     threads: int = 1
     workers: int = 1
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -415,7 +417,7 @@ class Config:
             name="paper",
             language=Setting(
                 Language("penn-treebank", embedding=200, hidden=512, layers=2, batch=256, bptt=70),
-                steps=1000,
+                steps=400,
                 level=6.0,
                 tolerance=0.2,
             ),
@@ -423,7 +425,7 @@ class Config:
                 Pictures(
                     "cifar10", blocks=3, width=16, batch=128, batch_norm=True, held_out=5000, augment=True
                 ),
-                steps=2000,
+                steps=1000,
                 level=0.8,
                 tolerance=0.1,
             ),
@@ -432,6 +434,7 @@ class Config:
             validations=10,
             device="cuda" if torch.cuda.is_available() else "cpu",
             workers=4,
+            tf32=True,
         )
         return chosen(name, smoke, cpu, short, paper)
 
@@ -555,7 +558,12 @@ def _evaluating(config: Config, runs: Sequence[Run]) -> list[Job]:
     return jobs
 
 
-def _train(
+def _train(config: Config, *job: Any) -> Run:
+    with tf32(config.tf32):
+        return _trained(config, *job)
+
+
+def _trained(
     config: Config, task: str, name: str, stage: str, cell: int, seed: int, lr: float, max_norm: float
 ) -> Run:
     setting, work, method = config.setting(task), _task(config, task), METHODS[name]
@@ -672,12 +680,13 @@ def _cost(config: Config, task: str) -> dict[str, list[float]]:
 
     turns = {name: steps(name) for name in config.methods}
     found: dict[str, list[float]] = {name: [] for name in config.methods}
-    for r in range(-WARM_UP, config.rounds):
-        # Every other round backwards: what follows a slow method is not always the same one.
-        for name in turns if r % 2 else reversed(turns):
-            seconds = next(turns[name])
-            if r >= 0:
-                found[name].append(seconds)
+    with tf32(config.tf32):
+        for r in range(-WARM_UP, config.rounds):
+            # Every other round backwards: what follows a slow method is not always the same one.
+            for name in turns if r % 2 else reversed(turns):
+                seconds = next(turns[name])
+                if r >= 0:
+                    found[name].append(seconds)
     return found
 
 
