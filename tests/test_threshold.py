@@ -162,6 +162,27 @@ def test_a_run_is_the_plain_loop_written_out(smoke):
         assert column(smoke, "valid", **where) == pytest.approx([valid], rel=1e-3)
 
 
+def test_training_alone_may_use_tf32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        type(SMOKE.images.task),
+        "loss",
+        lambda self, model, *_: (
+            seen.append(torch.get_float32_matmul_precision())
+            or sum(p.square().sum() for p in model.parameters()),
+            None,
+        ),
+    )
+    config = dataclasses.replace(SMOKE, tf32=True)
+    with numerical_settings(1):
+        threshold._train(config, "images", "tuning", "grid", 0, 0.1, 1.0, "hard")
+        assert set(seen) == {"high"}
+        seen.clear()
+        threshold._guessed(config, "images", "short", 1, 0.1)
+        threshold._own(config, "images", "own", 1)
+        assert set(seen) == {"highest"}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_guessed_warm_up_is_clipped_training_measured_on_the_way(smoke, task):
     setting = SMOKE.setting(task)

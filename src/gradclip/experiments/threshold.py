@@ -141,7 +141,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradclip.experiments._shell import chosen, html_table, paired, recorded, run_tasks, with_range
+from gradclip.experiments._shell import chosen, html_table, paired, recorded, run_tasks, tf32, with_range
 from gradclip.experiments._tasks import Characters, Language, Pictures, losses
 from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
@@ -251,6 +251,7 @@ class Config:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of a run.
         workers: Runs at a time, each in a process of its own. They gain where one run leaves the device idle.
+        tf32: Whether a GPU may use TF32 in runs of which nothing but losses is recorded; warm-ups never do.
 
     Raises:
         ValueError: A number of steps is not a multiple of ten, a threshold is missing, or a seed serves both
@@ -268,6 +269,7 @@ class Config:
     device: str
     threads: int = 1
     workers: int = 1
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         if not {1.0, 0.25, math.inf} <= set(self.norms):
@@ -408,6 +410,7 @@ class Config:
             ),
             device="cuda" if torch.cuda.is_available() else "cpu",
             workers=4,
+            tf32=True,
         )
         return chosen(name, smoke, cpu, short, paper)
 
@@ -582,7 +585,12 @@ def _advised(
     return [{**row, "L0": intercept, "L1": slope, "norm": norm, "length": length}]
 
 
-def _train(
+def _train(config: Config, *job: Any) -> list[Row]:
+    with tf32(config.tf32):
+        return _trained(config, *job)
+
+
+def _trained(
     config: Config, task: str, stage: str, name: str, seed: int, lr: float, max_norm: float, rule: str
 ) -> list[Row]:
     """One run, as a list of one row."""
