@@ -1,6 +1,7 @@
 """The experiment `landscape`: its record, its scalars, and its statistics on made-up series."""
 
 import dataclasses
+import hashlib
 import math
 import re
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 
 from gradclip import records
-from gradclip.data import text
+from gradclip.data import images, text
 from gradclip.experiments import landscape
-from gradclip.experiments.landscape import ESTIMATORS, FRACTIONS, Config, run, summarise
+from gradclip.experiments.landscape import ESTIMATORS, FRACTIONS, NETWORKS, Config, run, summarise
 from gradclip.models.lstm import LanguageModel
+from gradclip.models.resnet import ResNet
 
 SMOKE = Config.profile("smoke")
+LANGUAGE = SMOKE.language
+TEXT = LANGUAGE.task
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +26,41 @@ def smoke(tmp_path_factory):
     return run(SMOKE, tmp_path_factory.mktemp("records"))
 
 
+@pytest.fixture(scope="module")
+def language(smoke):
+    """The rows of the language model."""
+    rows = smoke.series["network"] == "language"
+    return {name: column[rows] for name, column in smoke.series.items()}
+
+
 def test_the_smoke_profile_gives_a_whole_record(smoke):
     assert (smoke.experiment, smoke.profile) == ("landscape", "smoke")
     assert records.is_current(smoke)
-    assert smoke.scalars["data.sha256"] == smoke.provenance["data_sha256"] == text.reference_manual().sha256
-    series = smoke.series
+    manual, digits = text.reference_manual().sha256, images.digits().sha256
+    assert smoke.scalars["data.sha256"] == manual
+    assert smoke.scalars["images.data.sha256"] == smoke.scalars["bare.data.sha256"] == digits
+    whole = hashlib.sha256((manual + digits + digits).encode()).hexdigest()
+    assert smoke.provenance["data_sha256"] == whole
+    assert smoke.scalars["images.data.images"] == len(images.digits().train) - 237
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_is_measured_as_often_as_its_setting_says(smoke, network):
+    setting = SMOKE.setting(network)
+    series = {name: column[smoke.series["network"] == network] for name, column in smoke.series.items()}
     full = series["full"] == 1
-    assert (~full).sum() == (len(SMOKE.cells) - 1) * 2 * 10  # cells, seeds, probes
-    assert series["iteration"][full].tolist() == 2 * [0, 4, 8, 12, 16]
+    probes = {"language": 10, "images": 8, "bare": 8}[network]
+    assert (~full).sum() == (len(setting.cells) - 1) * 2 * probes  # cells, seeds, probes
+    iterations = [0, 4, 8, 12, 16] if network == "language" else [0, 4]
+    assert series["iteration"][full].tolist() == 2 * iterations
     for name in ("path_0.01", "path_0.5", "swapped", "along", "hessian_norm"):
         assert (series[name][full] > 0).all()
     assert np.isnan(series["random"][full]).all()
     # Measured at every probe, at every second one, and at one.
     for names, every in (
         (("path_0.01", "path_0.5", "swapped", "grad_norm", "update_length"), slice(None)),
-        (("along", "random", "fixed", "fixed_grad_norm", "path_0.003"), SMOKE.product_every),
-        (("hessian_norm",), SMOKE.hessian_every),
+        (("along", "random", "fixed", "fixed_grad_norm", "path_0.003"), setting.product_every),
+        (("hessian_norm",), setting.hessian_every),
     ):
         k = series["iteration"][~full]
         due = np.ones(len(k), dtype=bool)
@@ -65,8 +88,12 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
         patterns.append(pattern.replace("plain_LR", r"(late_)?plain_[\d.]+"))
     patterns += [r"fit_unclipped\.(ratio|zero)_\w+", r"fraction_clipped\.(agree_[\d.]+|largest)"]
     for pattern in patterns:
-        assert any(re.fullmatch(pattern, key) for key in smoke.scalars), pattern
-    whole = re.compile(rf"({'|'.join(patterns)})(_min|_max|_low|_high)?")
+        for network, before in NETWORKS.items():
+            of_one = {r"data\.images": network != "language"}
+            of_one |= dict.fromkeys((r"data\.tokens", r"data\.vocabulary"), network == "language")
+            found = any(re.fullmatch(re.escape(before) + pattern, key) for key in smoke.scalars)
+            assert found == of_one.get(pattern, True), (network, pattern)
+    whole = re.compile(rf"(images\.|bare\.)?({'|'.join(patterns)})(_min|_max|_low|_high)?")
     assert [key for key in smoke.scalars if not whole.fullmatch(key)] == []
 
 
@@ -77,13 +104,15 @@ def same_scalars(a, b):
 
 
 def test_the_scalars_follow_from_the_series(smoke):
-    again = summarise(smoke.series)
-    same_scalars({key: smoke.scalars[key] for key in again}, again)
+    for network, before in NETWORKS.items():
+        rows = smoke.series["network"] == network
+        again = summarise({name: column[rows] for name, column in smoke.series.items()})
+        same_scalars({key: smoke.scalars[before + key] for key in again}, again)
 
 
-def test_statistics_within_runs_and_over_runs_are_those_of_numpy_alone(smoke):
+def test_statistics_within_runs_and_over_runs_are_those_of_numpy_alone(smoke, language):
     # Regression with one indicator per run instead of subtracted means, and `polyfit` for the lines.
-    s = smoke.series
+    s = language
     keys = np.stack([s["lr"], s["max_norm"], s["seed"]], axis=1)
     grid = np.isfinite(s["max_norm"]) & (s["full"] == 0)
     _, run_of = np.unique(keys[grid], axis=0, return_inverse=True)
@@ -126,17 +155,21 @@ def test_statistics_within_runs_and_over_runs_are_those_of_numpy_alone(smoke):
     low, high = middle[(len(middle) - 1) // 2], middle[len(middle) // 2]
     assert low * (1 - 1e-5) <= smoke.scalars["edge.ratio_clipped"] <= high * (1 + 1e-5)
     assert smoke.scalars["edge.count_clipped"] == clipped.sum()
+    # The offset is the height of the line where its abscissa is the mean: `polyfit` evaluated there.
+    x, y = np.log(edge), np.log(s["hessian_norm"][clipped])
+    height = np.polyval(np.polyfit(x, y, 1), x.mean()) - x.mean()
+    assert smoke.scalars["edge.offset_clipped"] == pytest.approx(math.exp(height), rel=1e-6)
 
 
-def test_the_first_probe_is_what_its_formulas_say(smoke):
+def test_the_first_probe_is_what_its_formulas_say(language):
     # Independent of ClippedSGD and of the smoothness package: in float64, a Hessian-vector product by a
     # central difference of gradients.
     corpus = text.reference_manual()
 
     def first(words):
-        return text.segments(text.batchify(words, SMOKE.batch), SMOKE.bptt)[0]
+        return text.segments(text.batchify(words, TEXT.batch), TEXT.bptt)[0]
 
-    sizes = {"embedding": SMOKE.embedding, "hidden": SMOKE.hidden, "layers": SMOKE.layers}
+    sizes = {"embedding": TEXT.embedding, "hidden": TEXT.hidden, "layers": TEXT.layers}
     generator = torch.Generator().manual_seed(0)
     model = LanguageModel(len(corpus.vocabulary), **sizes, generator=generator).double()
     params = list(model.parameters())
@@ -144,7 +177,7 @@ def test_the_first_probe_is_what_its_formulas_say(smoke):
 
     def gradient(offset, pair=None):
         torch.nn.utils.vector_to_parameters(x + offset, params)
-        value, _ = model.loss(*(pair or first(corpus.train)), model.initial_state(SMOKE.batch))
+        value, _ = model.loss(*(pair or first(corpus.train)), model.initial_state(TEXT.batch))
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, params)])
 
     def product(direction):
@@ -168,13 +201,69 @@ def test_the_first_probe_is_what_its_formulas_say(smoke):
         "fixed_grad_norm": fixed.norm().item(),
         "fixed": ((gradient(d / 100, first(corpus.valid)) - fixed).norm() / (d / 100).norm()).item(),
     }
-    assert (smoke.series["lr"][0], smoke.series["max_norm"][0], smoke.series["seed"][0]) == (10.0, 0.25, 0)
+    assert (language["lr"][0], language["max_norm"][0], language["seed"][0]) == (10.0, 0.25, 0)
     for name, value in expected.items():
         # float32 against float64: gradients are right to some 1e-6, and a hundredth of the step changes them
         # by some 1e-3 of their norm.
-        assert smoke.series[name][0] == pytest.approx(
+        assert language[name][0] == pytest.approx(
             value, rel=5e-3 if "0.01" in name or name == "fixed" else 1e-4
         )
+
+
+@pytest.mark.parametrize("network", ["images", "bare"])
+def test_the_first_probe_of_images_is_what_its_formulas_say(smoke, network):
+    # As above: in float64, on the first batch of the first epoch's order, without the task's own loss.
+    data = images.digits()
+    trained, held_out = images.hold_out(len(data.train_labels), 237)
+    statistics = images.channel_statistics(data.train[trained])
+    order = trained[torch.randperm(len(trained), generator=torch.Generator().manual_seed(0))]
+
+    def pixels(rows):
+        return images.normalise(data.train[rows], *statistics, dtype=torch.float64)
+
+    generator = torch.Generator().manual_seed(0)
+    model = ResNet(
+        blocks=1,
+        width=2,
+        channels=1,
+        batch_norm=network == "images",
+        sharpness=16.0,
+        generator=generator,
+    ).double()
+    params = list(model.parameters())
+    x = torch.nn.utils.parameters_to_vector(params).detach()
+
+    def gradient(offset, rows=order[:8]):
+        torch.nn.utils.vector_to_parameters(x + offset, params)
+        value = torch.nn.functional.cross_entropy(model(pixels(rows)), data.train_labels[rows])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, params)])
+
+    def product(direction):
+        unit = direction / direction.norm()
+        return (gradient(1e-5 * unit) - gradient(-1e-5 * unit)).norm().item() / 2e-5
+
+    setting = SMOKE.setting(network)
+    lr, max_norm = setting.lrs[0], setting.max_norms[0]
+    g = gradient(0 * x)
+    d = -lr * min(1.0, max_norm / g.norm().item()) * g
+    assert g.norm() > max_norm  # the swapped step is another one
+    fixed = gradient(0 * x, held_out[:8])
+    expected = {
+        "grad_norm": g.norm().item(),
+        "update_length": d.norm().item(),
+        "path_0.5": ((gradient(d / 2) - g).norm() / (d / 2).norm()).item(),
+        "path_0.01": ((gradient(d / 100) - g).norm() / (d / 100).norm()).item(),
+        "swapped": ((gradient(-lr / 2 * g) - g).norm() / (lr / 2 * g).norm()).item(),
+        "along": product(d),
+        "fixed_grad_norm": fixed.norm().item(),
+        "fixed": ((gradient(d / 100, held_out[:8]) - fixed).norm() / (d / 100).norm()).item(),
+    }
+    first = np.flatnonzero(smoke.series["network"] == network)[0]
+    for name, value in expected.items():
+        # float32 against float64, as above.
+        assert smoke.series[name][first] == pytest.approx(
+            value, rel=5e-3 if "0.01" in name or name == "fixed" else 1e-4
+        ), name
 
 
 def made_up(estimate):
@@ -219,6 +308,7 @@ def test_an_estimate_that_is_its_level_is_recognised_as_mechanical():
     assert scalars["clipped.saturation_midpoint"] == pytest.approx(1.0, rel=1e-9)
     assert scalars["edge.ratio_clipped"] == pytest.approx(1.0, rel=1e-9)
     assert scalars["edge.slope_clipped"] == pytest.approx(1.0, rel=1e-9)
+    assert scalars["edge.offset_clipped"] == pytest.approx(1.0, rel=1e-9)
     assert scalars["fraction.largest"] == FRACTIONS[-1]
 
 
@@ -243,19 +333,41 @@ def test_an_estimate_that_ignores_the_gradient_shows_no_correlation():
     assert noise["clipped.level_midpoint"] < 0.8
 
 
+def test_an_offset_is_the_height_of_the_line_over_the_edge():
+    # Hessians on 3 (2/η_k)^(1/2): at the mean of the logarithms that is 3 exp(-mean ln(2/η_k)/2) of the edge.
+    series = made_up(lambda g, level, generator: level)
+    edge = series["hessian_norm"].copy()
+    series["hessian_norm"] = 3 * np.sqrt(edge)
+    scalars = summarise(series)
+    clipped = (series["clip_factor"] < 1) & np.isfinite(series["max_norm"])
+    assert scalars["edge.slope_clipped"] == pytest.approx(0.5, rel=1e-9)
+    expected = 3 * math.exp(-np.log(edge[clipped]).mean() / 2)
+    assert scalars["edge.offset_clipped"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_run_that_diverges_is_cut_and_counted(tmp_path):
+    few = {"full_lrs": (), "full_max_norms": ()}
     config = dataclasses.replace(
-        SMOKE, lrs=(10.0,), max_norms=(1.0,), plain_lrs=(1e5,), full_lrs=(), full_max_norms=(), seeds=(0,)
+        SMOKE,
+        language=dataclasses.replace(SMOKE.language, lrs=(10.0,), max_norms=(1.0,), plain_lrs=(1e5,), **few),
+        images=dataclasses.replace(SMOKE.images, lrs=(0.1,), max_norms=(1.0,), **few),
+        bare=dataclasses.replace(SMOKE.bare, lrs=(0.1,), max_norms=(1.0,), **few),
+        seeds=(0,),
     )
     record = run(config, tmp_path)
     assert record.scalars["plain_100000.diverged"] == 1
-    plain = np.isinf(record.series["max_norm"])
+    assert record.scalars["bare.plain_0.3.diverged"] == 0
+    language = record.series["network"] == "language"
+    plain = language & np.isinf(record.series["max_norm"])
     assert 1 <= plain.sum() < 10
-    assert record.series["diverged"].tolist() == [0.0] * 10 + [0.0] * (plain.sum() - 1) + [1.0]
+    diverged = record.series["diverged"]
+    assert diverged[language].tolist() == [0.0] * 10 + [0.0] * (plain.sum() - 1) + [1.0]
+    assert not diverged[~language].any()
 
 
 def test_a_stopped_run_goes_on_to_the_same_record(tmp_path, monkeypatch, smoke):
     train, calls = landscape._train, []
+    jobs = 2 * sum(len(SMOKE.setting(network).cells) for network in NETWORKS)
 
     def interrupted(*arguments):
         if len(calls) == 5:
@@ -270,20 +382,20 @@ def test_a_stopped_run_goes_on_to_the_same_record(tmp_path, monkeypatch, smoke):
     again = []
     monkeypatch.setattr(landscape, "_train", lambda *a: again.append(1) or train(*a))
     record = run(SMOKE, tmp_path)
-    assert len(again) == 2 * len(SMOKE.cells) - 5
+    assert len(again) == jobs - 5
     same_scalars(record.scalars, smoke.scalars)
     for name, column in record.series.items():
         np.testing.assert_array_equal(column, smoke.series[name])
     # A finished one is read.
     run(SMOKE, tmp_path)
-    assert len(again) == 2 * len(SMOKE.cells) - 5
+    assert len(again) == jobs - 5
 
 
 def test_what_falls_between_two_probes_is_refused():
     with pytest.raises(ValueError, match=r"product_every must be a multiple of probe_every=2, got 3"):
-        dataclasses.replace(SMOKE, product_every=3)
+        dataclasses.replace(LANGUAGE, product_every=3)
     with pytest.raises(ValueError, match=r"half of hessian_every must be a multiple .* got 5"):
-        dataclasses.replace(SMOKE, hessian_every=10)
+        dataclasses.replace(LANGUAGE, hessian_every=10)
 
 
 def test_an_unknown_profile_is_named():
@@ -293,27 +405,52 @@ def test_an_unknown_profile_is_named():
 
 def test_every_run_on_the_full_batch_has_a_threshold():
     with pytest.raises(ValueError, match=r"one threshold for each of full_lrs=\(30.0,\), got \(\)"):
-        dataclasses.replace(SMOKE, full_max_norms=())
+        dataclasses.replace(LANGUAGE, full_max_norms=())
 
 
-def test_a_run_on_the_full_batch_is_descent_on_one_function(smoke):
+def test_a_full_batch_of_images_has_some():
+    with pytest.raises(ValueError, match=r"full_images must be at least 1, got 0"):
+        dataclasses.replace(SMOKE.images, full_images=0)
+
+
+def test_a_run_on_the_full_batch_is_descent_on_one_function(language):
     # Plain torch: the same batch at every step, from a hidden state of zeros.
     corpus = text.reference_manual()
-    words, targets = text.segments(text.batchify(corpus.train, SMOKE.batch), SMOKE.bptt)[0]
-    sizes = {"embedding": SMOKE.embedding, "hidden": SMOKE.hidden, "layers": SMOKE.layers}
+    words, targets = text.segments(text.batchify(corpus.train, TEXT.batch), TEXT.bptt)[0]
+    sizes = {"embedding": TEXT.embedding, "hidden": TEXT.hidden, "layers": TEXT.layers}
     model = LanguageModel(len(corpus.vocabulary), **sizes, generator=torch.Generator().manual_seed(0))
     optimizer, losses = torch.optim.SGD(model.parameters(), 30.0), []
-    for _ in range(SMOKE.full_steps):
-        loss, _ = model.loss(words, targets, model.initial_state(SMOKE.batch))
+    for _ in range(LANGUAGE.full_steps):
+        loss, _ = model.loss(words, targets, model.initial_state(TEXT.batch))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         optimizer.step()
         losses.append(loss.item())
-    rows = (smoke.series["full"] == 1) & (smoke.series["seed"] == 0) & (smoke.series["iteration"] <= 8)
+    rows = (language["full"] == 1) & (language["seed"] == 0) & (language["iteration"] <= 8)
     # torch adds 1e-6 to the norm, a relative 4e-6 of a clipped step, and beyond the edge of stability errors
     # grow at every step: up to the eighth, to some 3e-4.
-    np.testing.assert_allclose(smoke.series["loss"][rows], losses[: 9 : SMOKE.full_every], rtol=1e-3)
+    np.testing.assert_allclose(language["loss"][rows], losses[: 9 : LANGUAGE.full_every], rtol=1e-3)
+
+
+def test_the_full_batch_of_images_is_the_first_of_them(smoke):
+    # Plain torch on the first 16 images that are not held out, in the order of the set.
+    data = images.digits()
+    trained, _ = images.hold_out(len(data.train_labels), 237)
+    pixels = images.normalise(data.train[trained[:16]], *images.channel_statistics(data.train[trained]))
+    model = ResNet(blocks=1, width=2, channels=1, sharpness=16.0, generator=torch.Generator().manual_seed(0))
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.3), []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(model(pixels), data.train_labels[trained[:16]])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    series = landscape.of(smoke.series, "images")
+    rows = (series["full"] == 1) & (series["seed"] == 0)
+    # As for the text; four steps.
+    np.testing.assert_allclose(series["loss"][rows], losses[::4], rtol=1e-3)
 
 
 def test_swapped_steps_separate_the_points_from_the_step_lengths():

@@ -26,7 +26,7 @@ Series, one row per probed step; NaN where something was not measured:
 ====================  =====================================================================================
 column                meaning
 ====================  =====================================================================================
-``network``           ``language``, ``images`` or ``bare``
+``network``           the network: ``language``, ``images`` or ``bare``
 ``lr``                learning rate η
 ``max_norm``          threshold γ; infinite in training without clipping
 ``full``              1 where every step reads the same batch, 0 elsewhere
