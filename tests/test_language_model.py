@@ -92,7 +92,7 @@ def test_every_documented_key_is_there_and_every_key_is_documented(smoke):
         patterns.append(f"{subset}.{name}_(path|largest|local|other)")
     for pattern in patterns:
         assert any(re.fullmatch(pattern, key) for key in smoke.scalars), pattern
-    whole = re.compile(rf"({'|'.join(patterns)})(_min|_max|_low|_high|\.seed[01])?")
+    whole = re.compile(rf"({'|'.join(patterns)})(_min|_max|_low|_high|_least|_most|\.seed[01])?")
     assert [key for key in smoke.scalars if not whole.fullmatch(key)] == []
 
 
@@ -106,7 +106,10 @@ def test_each_column_is_measured_when_its_time_comes(smoke):
     for name, column in smoke.series.items():
         if name in ("setting", "valid_average"):
             continue
-        expected = (k + 1) % SMOKE.valid_every == 0 if name == "valid" else k % rarely.get(name, 1) == 0
+        expected = k % rarely.get(name, 1) == 0
+        if name == "valid":  # in between only where an average waits for it
+            awd = smoke.series["setting"] == "awd"
+            expected = (k == SMOKE.steps - 1) | (awd & ((k + 1) % SMOKE.valid_every == 0))
         assert np.array_equal(np.isfinite(column), expected), name
     assert not smoke.series["diverged"].any()
     # Only the AWD-LSTM has an average, and not before a second validation.
@@ -450,6 +453,8 @@ def made_up_settings():
         # Ends as long as it began, and has changed by a half or, in the other seed, by a whole of its length.
         "end_grad_norm": g,
         "path_1": np.where(series["seed"] == 0, 0.25, 0.5) * series["bound"],
+        "lr": np.full_like(g, 2.0),
+        "hessian_norm": np.where(series["iteration"] % 20 == 10, 4 * series["local"], math.nan),
         "valid": np.where(series["iteration"] == 39, 5.0 + series["seed"], math.nan),
         "valid_average": np.where((series["iteration"] == 39) & (series["seed"] == 1), 4.0, math.nan),
         "diverged": np.zeros_like(g),
@@ -488,6 +493,15 @@ def test_each_setting_has_its_correlations_and_they_are_compared_with_the_first(
     assert scalars["noise.count_released"] == 0
     assert math.isnan(scalars["noise.pearson_released"])
     assert math.isnan(scalars["noise.pearson_released_low"])
+    # Norms of the Hessian at i = 10 and 30 of both seeds: four times the local estimate, which is g.
+    assert scalars["first.hessian_count"] == 4
+    ends = [scalars[f"first.hessian_norm{end}"] for end in ("_least", "", "_most")]
+    low, high = 4 * rows["grad_norm"][10], 4 * rows["grad_norm"][30]
+    assert ends == pytest.approx([low, (low + high) / 2, high], rel=1e-12)
+    assert scalars["first.local_over_hessian"] == 0.25
+    # η = 2; at i = 30 the step is clipped at γ = 0.5: 2 · 4 g γ/g.
+    assert scalars["first.step_hessian_least"] == pytest.approx(2 * low, rel=1e-12)
+    assert scalars["first.step_hessian_most"] == pytest.approx(4.0, rel=1e-12)
     # 0.05 · 100^(i/39) is above the threshold 0.5 from i = 20 on, and never above infinity.
     assert (scalars["first.clipped_share"], scalars["steep.clipped_share"]) == (0.5, 0.0)
     assert scalars["first.valid"] == 5.5
@@ -603,6 +617,9 @@ def test_a_run_that_is_given_up_leaves_a_record_that_can_be_summarised(monkeypat
 def test_the_profiles():
     cpu, short, paper = (Config.profile(name) for name in ("cpu", "short", "paper"))
     assert (cpu.device, cpu.corpus) == ("cpu", "reference-manual")
+    # n of Merity et al.; validations are closer together, so that there are more than n before the end.
+    for config in (cpu, short, paper):
+        assert (config.patience, config.steps // config.valid_every > 6) == (5, True)
     assert (short.device, short.corpus, paper.corpus) == ("cpu", "penn-treebank", "penn-treebank")
     for config in (cpu, short, paper):
         assert len(config.seeds) == 3

@@ -13,7 +13,9 @@ a = 1/2 is the point that the paper's released code evaluates; the paper takes t
 0.25, 2 without clipping, 2 clipped at 0.25, on the network of the released code, a two-layer tied LSTM.
 ``awd`` is the AWD-LSTM that the paper names (:mod:`gradclip.models.awd_lstm`), at learning rate 30 clipped
 at 0.25, its Figure 1: f has dropout, whose masks are a function of seed and k alone and so the same at both
-ends of a difference, and the penalties of activations. Its weights are averaged by NT-ASGD.
+ends of a difference, and the penalties of activations. Its weights are averaged by NT-ASGD, with the n = 5 of
+Merity et al.; but they validate once an epoch, which in a run of one or two epochs would never trigger it, so
+that ``cpu`` and ``short`` validate twenty times a run.
 
 **Bound.** If the gradient changes by its own length on the way, L̂_a = ‖∇f(x_k)‖ / (a ‖d‖), whatever f is.
 This is the bound used here, the simple form; the strict one has ‖∇f(x_k + a d)‖ + ‖∇f(x_k)‖ above the line.
@@ -57,7 +59,7 @@ column                   meaning
 ``released``             the released code's estimate
 ``released_grad_norm``   and its gradient norm
 ``released_segments``    and how many segments it summed at x_k
-``valid``                validation loss of x_{k+1}, nats per word
+``valid``                validation loss of x_{k+1}, nats per word; before the last step only for ``awd``
 ``valid_average``        that of the average of the iterates, once it has begun
 ``diverged``             1 once the loss has passed ten times that of guessing, where a run is given up
 =======================  ==================================================================================
@@ -131,6 +133,11 @@ key                                        meaning
                                            most 1; with ``_min`` and ``_max``
 ``SETTING.contrast_ANY``                   mean over seeds of the correlation, over that of the first setting
 ``SETTING.along_over_local``               median of ``along``/``local``
+``SETTING.hessian_count``                  points where the norm of the Hessian was measured
+``SETTING.hessian_norm``                   its median, loss/parameter²; with ``_least`` and ``_most`` of them
+``SETTING.local_over_hessian``             median of ``local``/``hessian_norm``, with ``_least``, ``_most``
+``SETTING.step_hessian``                   median of η min(1, γ/‖g‖) ``hessian_norm``, with ``_least`` and
+                                           ``_most``; as ``probe.step_curvature``
 ``SETTING.l1_over_mechanical_EST``         least-squares L1 over 2/(ηγ); NaN without clipping
 ``SETTING.clipped_share``                  share of all steps with clip factor below 1
 ``SETTING.loss_final``                     mean loss of the last tenth of the steps
@@ -267,7 +274,8 @@ class Config:
         hessian_every: The norm of the Hessian, a multiple of ``probe_every``; 0 for never.
         released_every: The released code's estimate, a multiple of ``probe_every``; 0 for never.
         released_tokens: Of so many training words from the first it takes a tenth; None for all.
-        valid_every: The validation loss is taken at every so many steps, and after the last one.
+        valid_every: L of NT-ASGD: where iterates are averaged, the validation loss is taken at every so many
+            steps. Everywhere it is taken after the last one.
         patience: n of NT-ASGD, in validations.
         seeds: Seeds.
         device: ``"cpu"`` or ``"cuda"``.
@@ -348,11 +356,11 @@ class Config:
             steps=200,
             probe_every=5,
             product_every=70,
-            hessian_every=0,
+            hessian_every=80,
             released_every=25,
             released_tokens=30_000,
-            valid_every=50,
-            patience=1,
+            valid_every=10,
+            patience=5,
             seeds=(0, 1, 2),
         )
         short = dataclasses.replace(
@@ -365,8 +373,7 @@ class Config:
             product_every=80,
             hessian_every=200,
             released_every=50,
-            valid_every=200,
-            patience=1,
+            valid_every=20,
         )
         paper = dataclasses.replace(
             short,
@@ -380,7 +387,6 @@ class Config:
             hessian_every=300,
             released_tokens=None,
             valid_every=150,
-            patience=5,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         return chosen(name, smoke, cpu, short, paper)
@@ -501,7 +507,8 @@ class _Training:
         model, steps = self.probed.model, iteration + 1
         if self.average is not None:
             self.average.after_step(model)
-        if (steps % self.config.valid_every == 0 or steps == self.config.steps) and not row["diverged"]:
+        due = self.average is not None and steps % self.config.valid_every == 0
+        if (due or steps == self.config.steps) and not row["diverged"]:
             row["valid"] = self.task.evaluate(model)["valid"]
             if (
                 self.average is not None
@@ -668,6 +675,15 @@ def compare(series: Mapping[str, np.ndarray], settings: Sequence[Setting]) -> di
         for end, value in (("", np.nanmedian(shares)), ("_min", min(medians)), ("_max", max(medians))):
             scalars[f"{prefix}.saturation_strict{end}"] = float(value)
         scalars[f"{prefix}.along_over_local"] = float(np.nanmedian(rows["along"] / rows["local"]))
+        there = ~np.isnan(rows["hessian_norm"])
+        scalars[f"{prefix}.hessian_count"] = int(there.sum())
+        for key, values in (
+            ("hessian_norm", rows["hessian_norm"]),
+            ("local_over_hessian", rows["local"] / rows["hessian_norm"]),
+            ("step_hessian", rows["lr"] * rows["clip_factor"] * rows["hessian_norm"]),
+        ):
+            for end, extreme in (("", np.median), ("_least", np.min), ("_most", np.max)):
+                scalars[f"{prefix}.{key}{end}"] = float(extreme(values[there])) if there.any() else math.nan
         ends = rows["iteration"] == steps - 1
         last = rows["iteration"] >= steps - max(1, steps // 10)
         average = rows["valid_average"][ends]
