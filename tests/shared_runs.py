@@ -28,6 +28,11 @@ CELLS = [Cell("momentum", True, math.inf), Cell("clipped", False, SMOKE.sharpnes
 STOP = SMOKE.steps + 2  # in the middle of the second training of each process
 
 
+def wrong():
+    """A task that fails."""
+    raise ArithmeticError("this task fails")
+
+
 def work(i):
     """What a task sees, of the five in all."""
     x = torch.ones(4, requires_grad=True)
@@ -74,7 +79,7 @@ def main(folder):
             "again": parallel.gathered(again),
             "pids": parallel.gathered(os.getpid()),
             "alone": run_tasks(tasks, checkpoint=folder / "alone.pt", **options)[0],
-            "workers": run_tasks(tasks, checkpoint=folder / "workers.pt", workers=2, **options)[0],
+            "workers": run_tasks(tasks[:3], checkpoint=folder / "workers.pt", workers=2, **options)[0],
             "single": parallel.gathered(run_tasks(tasks[:1], checkpoint=folder / "single.pt", **options)[0]),
             "size": parallel.size(),
         }
@@ -83,14 +88,16 @@ def main(folder):
 
 
 def fail(folder):
-    """The second process fails at once; the first would work for minutes."""
-
-    def wrong():
-        raise ArithmeticError("this task fails")
-
-    tasks = [functools.partial(time.sleep, 200), wrong]
+    """A worker of the second process fails at once; the other workers would work for minutes."""
+    long = functools.partial(time.sleep, 200)
     with parallel.joined("cpu"):
-        run_tasks(tasks, checkpoint=Path(folder) / "tasks.pt", identity={}, label="tasks")
+        run_tasks(
+            [long, wrong, long, long],
+            checkpoint=Path(folder) / "tasks.pt",
+            identity={},
+            label="tasks",
+            workers=1 if parallel.rank() == 0 else 2,
+        )
 
 
 if __name__ == "__main__":

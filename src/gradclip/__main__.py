@@ -61,15 +61,13 @@ def run(
         raise typer.BadParameter(
             f"{name} cannot share its work among {parallel.requested()} processes; run it without torchrun"
         )
-    first = parallel.requested_rank() == 0
     try:
         with parallel.joined(config.device):
             record = module.run(config, out)
     except (DataError, parallel.ParallelError) as error:
-        if first:
-            typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {error}", err=True)  # every process: it may be one's own
         raise typer.Exit(1) from None
-    if first:
+    if parallel.requested_rank() == 0:
         typer.echo(records.folder(out, record.experiment, record.profile, record.provenance["device"]))
 
 

@@ -203,8 +203,14 @@ def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor | None]:
     # A forked process cannot use the GPU that its parent has used.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_settle, initargs=(threads, gpu))
+    others = set(multiprocessing.active_children())
     try:
         yield pool
+    except BaseException:
+        # What the other workers are at would be lost, and may take hours.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
