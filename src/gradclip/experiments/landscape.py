@@ -390,9 +390,9 @@ class Config:
         )
         long = {
             "full_images": 1000,
-            "full_steps": 1000,
-            "full_every": 40,
-            "steps": 600,
+            "full_steps": 600,
+            "full_every": 25,
+            "steps": 300,
             "hessian_every": 80,
         }
         paper = dataclasses.replace(
@@ -401,9 +401,9 @@ class Config:
             language=dataclasses.replace(
                 short.language,
                 task=Language("penn-treebank", embedding=200, hidden=512, layers=2, batch=256, bptt=70),
-                full_steps=1000,
-                full_every=40,
-                steps=600,
+                full_steps=600,
+                full_every=25,
+                steps=300,
                 hessian_every=80,
             ),
             images=dataclasses.replace(

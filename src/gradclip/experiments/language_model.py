@@ -385,6 +385,7 @@ class Config:
             steps=1500,
             product_every=50,
             hessian_every=300,
+            released_every=150,  # each reads the whole text twice, the arithmetic of a hundred steps
             released_tokens=None,
             valid_every=150,
             device="cuda" if torch.cuda.is_available() else "cpu",
