@@ -189,7 +189,7 @@ RECIPES = {
 }
 #: Behind a guessed learning rate.
 GUESSED = ("plain", "local", "median")
-#: Warm-ups that find their own steps: lengths in units of 1/h.
+#: Lengths of the steps of warm-ups that find their own, in units of 1/h.
 MULTIPLES = {"own": 1.0, "edge": 2.0}
 OWN = tuple(MULTIPLES)
 #: Recipes without a guess, each with its warm-up.
