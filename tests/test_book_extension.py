@@ -276,6 +276,23 @@ def test_a_summary_can_be_narrowed_to_a_prefix(build):
     assert "made later" in doctree.astext()
 
 
+def test_a_range_of_claims(build):
+    rows = [{**CLAIM, "id": f"X{n}"} for n in (1, 2, 3, 10, 20)] + [
+        {**CLAIM, "id": "X2b"},
+        {**CLAIM, "id": "Y2"},
+    ]
+    (build.project / "claims.yml").write_text(yaml.safe_dump(rows))
+    doctree, _, warnings = build("```{claims-summary} X2-X10\n```\n\n```{claims-detail}\n```")
+    assert warnings == ""
+    (table,) = doctree.findall(nodes.table)
+    (body,) = table.findall(nodes.tbody)
+    assert [row.children[0].astext() for row in body.children] == ["X2", "X3", "X10"]
+
+
+def test_a_summary_of_no_claim_is_an_error(build):
+    assert "no claim's id fits 'Z'" in build("```{claims-summary} Z\n```")[2]
+
+
 def test_claims_show_verdict_and_evidence(build):
     doctree, html, warnings = build("```{claims-summary}\n```\n\n```{claims-detail}\n```")
     assert warnings == ""

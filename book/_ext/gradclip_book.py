@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import re
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -301,19 +302,31 @@ def computed_verdict(claim: claims.Claim, known: claims.Evidence, location: str)
         return claims.UNTESTED
 
 
+def is_chosen(name: str, argument: str) -> bool:
+    """Whether the id of a claim starts with the argument, or lies in the range that it is."""
+    span = re.fullmatch(r"([A-Z]+)(\d+)-\1(\d+)", argument)
+    if span is None:
+        return name.startswith(argument)
+    number = re.fullmatch(rf"{span[1]}(\d+)", name)
+    return number is not None and int(span[2]) <= int(number[1]) <= int(span[3])
+
+
 class ClaimsSummaryDirective(MarkdownDirective):
-    """One row per claim, or per claim whose id starts with the argument: the computed verdict, the claim."""
+    """One row per claim: the computed verdict, the claim.
+
+    An argument chooses the claims whose ids start with it, or, as ``L1-L14``, those with numbers in a range.
+    """
 
     optional_arguments = 1
 
     def run(self):
-        prefix = self.arguments[0] if self.arguments else ""
+        argument = self.arguments[0] if self.arguments else ""
         lines = [":::{list-table}", ":header-rows: 1", ":widths: 9 31 60", ":class: claims", ""]
         lines += ["* - Claim", "  - Verdict", "  - Statement"]
         known = evidence(self.root)
         for claim in claims.load(self.root / "claims.yml"):
             verdict = computed_verdict(claim, known, self.get_location())
-            if not claim.id.startswith(prefix):
+            if not is_chosen(claim.id, argument):
                 continue
             if verdict != claim.verdict:
                 logger.warning(
@@ -328,6 +341,8 @@ class ClaimsSummaryDirective(MarkdownDirective):
                 f"  - {{bdg-{BADGE[verdict]}}}`{verdict}`",
                 f"  - {claim.statement}",
             ]
+        if lines[-1] == "  - Statement":
+            raise self.error(f"no claim's id fits {argument!r}")
         return self.parse([*lines, ":::"])
 
 
