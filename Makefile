@@ -56,7 +56,8 @@ lint: $(READY)
 
 test: lint book
 	@command -v chromium >/dev/null || bash scripts/system_packages.sh
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	@# One thread each: the workers fill the cores, and threads that wait for one another would take turns with them.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 links: book
 	$(BIN)/jupyter-book build . -q --builder linkcheck --path-output _build/links
