@@ -20,6 +20,8 @@ from torch.distributed.tensor import (
 from gradclip.norms import NONFINITE, clip_grad_, total_norm
 from gradclip.rules import RULES, clip_factor
 
+pytestmark = pytest.mark.usefixtures("all_both_ways")
+
 EPS = 2.0**-52
 ACCURACY = 1e-6  # what total_norm promises for sums in float32
 
@@ -175,7 +177,7 @@ def test_no_end_of_a_tensor_is_left_out(dtype, many):
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
-def test_zeros_and_nonfinite_elements_need_no_scaled_copy(value):
+def test_zeros_and_nonfinite_elements_need_no_scaled_copy(value, without_kernels):
     class Divisions(torch.utils._python_dispatch.TorchDispatchMode):
         count = 0
 

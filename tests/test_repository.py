@@ -49,7 +49,9 @@ def test_no_other_file_carries_the_address():
     slug = repository.current(ROOT)
     others = [ROOT / "environment.yml", ROOT / "Makefile", ROOT / "claims.yml", ROOT / "_toc.yml"]
     for folder in ("src/gradclip", "scripts", "workflow", ".github", "book/_ext", "book/_static"):
-        others += [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        others += [
+            path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        ]
     assert [path for path in others if f"/{slug}" in path.read_text()] == []
 
 
@@ -103,12 +105,9 @@ def normal(name):
 
 
 def declared():
-    """name -> version bound, over the dependencies and both extras of pyproject.toml."""
-    lines = [
-        *PROJECT["dependencies"],
-        *PROJECT["optional-dependencies"]["book"],
-        *PROJECT["optional-dependencies"]["test"],
-    ]
+    """name -> version bound, over the dependencies and all extras of pyproject.toml."""
+    extras = PROJECT["optional-dependencies"].values()
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
     bounds = {}
     for name, bound in (REQUIREMENT.fullmatch(line).groups() for line in lines):
         assert bounds.setdefault(normal(name), bound) == bound, f"{name} is declared with two bounds"

@@ -15,6 +15,7 @@ from gradclip.norms import (
     any_dtensor,
     are_alike,
     check_threshold,
+    compiled,
     dense_gradients,
     local,
     local_parts,
@@ -31,6 +32,8 @@ __all__ = ["ClippedSGD", "MixedClippedSGD", "ParameterAgnosticLR", "PolyakClippe
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
+_LARGEST = torch.finfo(torch.float32).max
+
 # From this factor on, the fused kernel's 1 - (1 - factor) is the factor to a relative 2**-33.
 _FUSED_FROM = 2.0**-20
 
@@ -41,12 +44,12 @@ class _Clipping(torch.optim.Optimizer):
     A subclass lists its options in ``_numbers`` (finite and at least 0), ``_shared`` (the same in all groups)
     and ``_others``, checks the shared ones in ``_check_shared(group)``, has its momenta in
     ``_buffers(group, params)``, and takes a step in ``_update(sets, norm, loss)``, which returns what
-    multiplied the gradient. ``sets`` has for each group its parameters that have a gradient, these gradients,
-    and whether all of them are alike (``are_alike``).
+    multiplied the gradient, unless ``_step_at_once()`` has taken it. ``sets`` has for each group its
+    parameters that have a gradient, these gradients, and whether all of them are alike (``are_alike``).
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any]):
-        self._checked = None
+        self._checked, self._places, self._view = None, {}, None
         super().__init__(params, defaults)
         parameters = [p for group in self.param_groups for p in group["params"]]
         device = parameters[0].device if parameters else None
@@ -83,7 +86,6 @@ class _Clipping(torch.optim.Optimizer):
         self._check([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -101,7 +103,13 @@ class _Clipping(torch.optim.Optimizer):
         if options != self._checked:
             self._check_agreement(self.param_groups)
             self._checked = options
+        if not self._step_at_once():
+            self._step_by_step(loss)
+        return loss
 
+    @torch.no_grad()
+    def _step_by_step(self, loss: Any) -> None:
+        """Take the step with torch's operations, for any tensors."""
         sets, gradients, alike = self._with_gradients()
         norm = norm_of_dense(gradients, alike) if gradients else self._last.new_zeros(())
         nonfinite = self.param_groups[0]["nonfinite"]
@@ -123,7 +131,6 @@ class _Clipping(torch.optim.Optimizer):
             for tensor, old in zip(tensors, before, strict=True):
                 tensor.copy_(torch.where(skipped.to(tensor.device), old, tensor))
         self._record(norm, factor, skipped)
-        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """State and options as for :class:`torch.optim.Optimizer`.
@@ -176,8 +183,8 @@ class _Clipping(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies and pickles its own three attributes only.
-        own = {"_last": self._last, "_skipped": self._skipped, "_checked": None}
-        return {**super().__getstate__(), **own}
+        own = {"_last": self._last, "_skipped": self._skipped}
+        return {**super().__getstate__(), **own, "_checked": None, "_places": {}, "_view": None}
 
     def _check(self, groups: list[dict[str, Any]]) -> None:
         """Raise :class:`ValueError` or :class:`TypeError` unless these can be parameter groups together."""
@@ -222,6 +229,10 @@ class _Clipping(torch.optim.Optimizer):
                     f"them, got {values}"
                 )
 
+    def _step_at_once(self) -> bool:
+        """Take the step with compiled kernels, if there are any for it and for all parameters."""
+        return False
+
     def _with_gradients(self) -> tuple[list[tuple], list[Tensor], bool]:
         """The ``sets`` of ``_update``, all gradients, and whether all parameters and gradients are alike."""
         pairs = []
@@ -247,17 +258,25 @@ class _Clipping(torch.optim.Optimizer):
         return norm.isfinite()
 
     def _record(self, norm: Tensor, factor: float | Tensor, skipped: Tensor | None) -> None:
-        if isinstance(factor, Tensor):
-            last = torch.stack((norm, factor.to(norm.dtype)))
-        else:  # a number, which it is where reading the norm as one costs nothing
-            last = torch.tensor((norm.item(), factor), dtype=norm.dtype)
+        if not isinstance(factor, Tensor):  # but a number, where reading the norm as one costs nothing
+            self._record_numbers(norm.item(), factor, norm.dtype)
+            if skipped is not None:
+                self._skipped = self._skipped.to(norm.device) + skipped
+            return
+        last = torch.stack((norm, factor.to(norm.dtype)))
         count = self._skipped if skipped is None else self._skipped.to(norm.device) + skipped
         if torch.compiler.is_compiling():
             # torch.compile loses assignments to attributes of optimizers, but not what is written to tensors.
             self._last.copy_(last)
             self._skipped.copy_(count)
         else:
-            self._last, self._skipped = last, count
+            self._last, self._skipped, self._view = last, count, None
+
+    def _record_numbers(self, norm: float, factor: float, dtype: torch.dtype) -> None:
+        if self._view is None or self._last.dtype != dtype:
+            self._last = torch.empty(2, dtype=dtype)
+            self._view = self._last.numpy()
+        self._view[:] = norm, factor  # much quicker than making a tensor of two numbers
 
     def _label(self, index: int) -> str:
         """How error messages call the parameter of this index, counted over all groups."""
@@ -270,13 +289,17 @@ class _Clipping(torch.optim.Optimizer):
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         """Momentum of each parameter, zero at first."""
-        momenta = [state.get("momentum_buffer") for state in map(self.state.__getitem__, params)]
+        state = self.state
+        try:
+            momenta = [state[parameter]["momentum_buffer"] for parameter in params]
+        except KeyError:
+            momenta = [None]
         if type(None) not in set(map(type, momenta)):
             return momenta
-        for parameter, momentum in zip(params, momenta, strict=True):
-            if momentum is None:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return [self.state[parameter]["momentum_buffer"] for parameter in params]
+        for parameter in params:
+            if state[parameter].get("momentum_buffer") is None:
+                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [state[parameter]["momentum_buffer"] for parameter in params]
 
 
 class ClippedSGD(_Clipping):
@@ -299,6 +322,12 @@ class ClippedSGD(_Clipping):
     :func:`~gradclip.norms.total_norm`; with another scope a step has a temporary one. A step
     does not wait for the device, except with ``nonfinite="raise"``, and can be compiled as a whole by
     :func:`torch.compile`.
+
+    Float32 parameters on a CPU take the step by compiled kernels in two passes over memory, if numba is
+    installed (``pip install gradclip[fast]``), the scope is ``"global"``, tensors have no gaps and a momentum
+    has no dampening. Where the factor is 1, that is the step of :class:`torch.optim.SGD` (with ``fused`` at
+    its default) bit for bit. The first one in a process takes a second to load the kernels, and two more if
+    they have to be compiled.
 
     ``lr``, ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay`` and
     ``maximize`` may differ between parameter groups. ``rule``, ``scope``, ``nonfinite`` and, with
@@ -458,6 +487,71 @@ class ClippedSGD(_Clipping):
                 own, theirs = ([tensors[i] for i in chosen] for tensors in (params, grads))
                 _each_kind(_sgd, own, theirs, self._momenta(own), scale, options, alike)
         return factor
+
+    def _step_at_once(self) -> bool:
+        options = self.param_groups[0]
+        if torch.compiler.is_compiling() or options["scope"] != "global" or not self._last.is_cpu:
+            return False
+        kernels = compiled()
+        if kernels is None:
+            return False
+        work, squares = [], 0.0
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            grads = [p.grad for p in params]
+            if type(None) in set(map(type, grads)):
+                params = [p for p in params if p.grad is not None]
+                grads = [p.grad for p in params]
+            theirs = kernels.memory(grads)
+            own = theirs and self._place(kernels, "params", index, params)
+            if not own or own.sizes != theirs.sizes or (group["momentum"] and group["dampening"]):
+                return False
+            squares += kernels.sum_of_squares(theirs)
+            work.append((group, params, grads, own, theirs))
+        norm = math.sqrt(squares)
+        if norm > _LARGEST:
+            norm = math.inf
+        if options["nonfinite"] != "propagate" and not math.isfinite(norm):
+            return False
+        moving = []
+        for index, (group, params, _, own, _) in enumerate(work):
+            momenta = None
+            if group["momentum"]:
+                momenta = self._place(kernels, "momenta", index, self._momenta(params))
+                if not momenta or momenta.sizes != own.sizes:
+                    return False
+            moving.append(momenta)
+        if not any(params for _, params, *_ in work):
+            return False
+
+        max_norm = options["max_norm"]
+        if callable(max_norm):
+            max_norm = max_norm(torch.scalar_tensor(norm, dtype=torch.float32))
+        factor = _factor_of(norm, max_norm, options["rule"], torch.float32)
+        for (group, params, _, own, theirs), momenta in zip(work, moving, strict=True):
+            lr, decay = float(group["lr"]), group["weight_decay"]
+            apart = decay and group["decoupled_weight_decay"]
+            kernels.sgd_(
+                own,
+                theirs,
+                momenta,
+                scale=-factor if group["maximize"] else factor,
+                lr=lr,
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                weight_decay=0.0 if apart else decay,
+                keep=1 - lr * decay if apart else 1.0,
+            )
+            # Otherwise autograd would take what it has saved of the parameters for what it was.
+            torch.autograd.graph.increment_version(params)
+        self._record_numbers(norm, factor, torch.float32)
+        return True
+
+    def _place(self, kernels: Any, name: str, index: int, tensors: list[Tensor]) -> Any:
+        """Where the parameters or momenta of a group lie, or None."""
+        if (name, index) not in self._places:
+            self._places[name, index] = kernels.Place()
+        return self._places[name, index](tensors)
 
 
 class MixedClippedSGD(_Clipping):
@@ -729,10 +823,15 @@ def _factor(norm: Tensor, max_norm: float | Tensor, rule: str) -> float | Tensor
     """The clip factor as a number where reading one costs nothing, and as a tensor elsewhere."""
     if not on_host(norm):
         return clip_factor(norm, max_norm, rule)
+    return _factor_of(norm.item(), max_norm, rule, norm.dtype)
+
+
+def _factor_of(norm: float, max_norm: float | Tensor, rule: str, dtype: torch.dtype) -> float:
+    """The clip factor of a norm that is a number, of gradients of this dtype."""
     c = max(float(max_norm), sys.float_info.min)  # as in clip_factor for tensors
     if rule == "normalize":
-        return factor_of_number(norm.item(), c, rule, torch.finfo(norm.dtype).max)
-    return factor_of_number(norm.item(), c, rule)
+        return factor_of_number(norm, c, rule, torch.finfo(dtype).max)
+    return factor_of_number(norm, c, rule)
 
 
 def _clip_parts(sets: list[tuple], norm: Tensor, options: dict[str, Any]) -> tuple[list[tuple], Tensor]:
@@ -870,7 +969,14 @@ def _fused_sgd(
     apart = group["nesterov"] and scale != 1
     if apart and decay:
         return False
-    if not all(map(Tensor.is_contiguous, (*params, *grads, *momenta))):
+    tensors = (*params, *grads, *momenta)
+    if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return False
+    # The kernel would read and write beyond the end of what is too small.
+    if any(
+        len(set(map(Tensor.numel, own))) > 1
+        for own in zip(*filter(None, (params, grads, momenta)), strict=True)
+    ):
         return False
     torch._fused_sgd_(
         params,

@@ -1,0 +1,321 @@
+"""Compiled kernels for lists of float32 tensors on a CPU: the sum of squares, and the step of SGD.
+
+This module needs numba, which the rest of the library does without; :func:`gradclip.norms.compiled` gives it,
+or None. One kernel takes a whole list in one call and one pass over memory. The same with torch's operations
+takes several of both: a ResNet-20 has 65 tensors of a few kilobytes, for which looking them up and starting
+threads costs more than the arithmetic.
+"""
+
+import ctypes
+import math
+import operator
+from array import array
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# The threads of a team take turns in chunks of so many elements. With 128 KB, a chunk of gradient, parameter
+# and momentum fits into the second-level cache. Sums are per chunk, which makes them the same for any team.
+_CHUNK = 2**15
+# Shorter lists are not worth waking a second thread for.
+_ALONE = 2**16
+_KIND = {(torch.device("cpu"), torch.float32)}
+_group = torch._C._group_tensors_by_device_and_dtype
+
+
+class Memory(NamedTuple):
+    """Where tensors lie that the kernels can take: the number of elements and the address of each."""
+
+    sizes: array
+    addresses: array
+    total: int
+
+
+def memory(tensors: list[Tensor]) -> Memory | None:
+    """Where these tensors lie; None unless all are plain float32 tensors on the CPU, without gaps.
+
+    A kernel reads and writes memory from a tensor's first element on, so all that torch's operations would
+    look at on the way is looked at here. (``is_neg`` is for views whose numbers still wait to be negated.)
+    """
+    if not tensors:
+        return Memory(array("q"), array("q"), 0)
+    try:
+        if not (
+            set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
+            # One call for all tensors; to ask each for its dtype and its device takes three times as long.
+            and _group([tensors], False).keys() == _KIND
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+        ):
+            return None
+        addresses = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # a tensor of another layout than strided has no address, or cannot be contiguous
+        return None
+    sizes = list(map(Tensor.numel, tensors))
+    if 0 in addresses and any(size and not address for size, address in zip(sizes, addresses, strict=True)):
+        return None  # memory that was given back, as sharding does between steps
+    return Memory(array("q", sizes), array("q", addresses), sum(sizes))
+
+
+class Place:
+    """:func:`memory` of a list of tensors that mostly stays the same, and stays where it is.
+
+    As long as they are the same tensors at the same addresses, they are not looked at more closely again,
+    which for small tensors takes longer than the step. It is enough where gradients, which come anew, are
+    looked at in each step: they have the size and the layout of their parameters.
+    """
+
+    def __init__(self) -> None:
+        self._tensors, self._addresses, self._memory = [], [], None
+
+    def __call__(self, tensors: list[Tensor]) -> Memory | None:
+        """Where these tensors lie."""
+        known = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        if not known or (self._memory and self._addresses != list(map(Tensor.data_ptr, tensors))):
+            self._tensors, self._memory = list(tensors), memory(tensors)
+            self._addresses = self._memory.addresses.tolist() if self._memory else []
+        return self._memory
+
+
+def sum_of_squares(tensors: Memory) -> float:
+    """Σ x² over all elements of all tensors, in float64.
+
+    No square of a float32 number leaves the range of float64, and each is exact there. The sum of a chunk of
+    n ≤ 32,768 elements takes n - 1 additions in some order, and that of the chunks is exact, so that the
+    relative error is at most n · 2⁻⁵³ < 4e-12.
+    """
+    # Every chunk but the last of a tensor is full, so there are not more than this.
+    sums = array("d", bytes(8 * (tensors.total // _CHUNK + len(tensors.sizes))))
+    _run(_square_chunks, sums, tensors)
+    return math.fsum(sums)
+
+
+def sgd_(
+    params: Memory,
+    grads: Memory,
+    momenta: Memory | None,
+    *,
+    scale: float,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    keep: float,
+) -> None:
+    """One step of SGD in place, for lists of the same sizes, with d = scale · g + weight_decay · x:
+
+    ::
+
+        m = momentum · m + d
+        x = keep · x - lr · m                       (nesterov: keep · x - lr · (d + momentum · m))
+
+    Without ``momenta`` m is d. A ``weight_decay`` of 0 leaves x out of d, so that an infinite x stays one.
+    Autograd has to be told that the tensors have changed, with ``torch.autograd.graph.increment_version``.
+    """
+    options = array("d", (scale, weight_decay, keep, lr, momentum, nesterov))
+    if momenta is None:
+        _run(_plain_chunks, options, params, grads)
+    else:
+        _run(_momentum_chunks, options, params, grads, momenta)
+
+
+def _run(kernel: "numba.core.ccallback.CFunc", numbers: array, *lists: Memory) -> None:
+    """Call a kernel for lists of the same sizes, on as many threads as torch would use."""
+    sizes = lists[0].sizes
+    job = array("q", (0, len(sizes), numbers.buffer_info()[0])) + sizes
+    for each in lists:
+        job += each.addresses
+    address = job.buffer_info()[0]
+    if _PARALLEL is not None and lists[0].total > _ALONE and torch.get_num_threads() > 1:
+        _PARALLEL(kernel.address, address, 0, 0)
+    else:
+        kernel.ctypes(address)
+
+
+def _team() -> "ctypes._CFuncPtr | None":
+    """The function of GNU OpenMP that runs a function on all threads of a team, if torch uses it.
+
+    The threads must be torch's own. Threads of another pool would share the cores with them, since threads of
+    OpenMP spin for a while when they have done their part, waiting for the next one. Where torch brings
+    another OpenMP (on macOS and Windows) the kernels run on one thread.
+    """
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+_PARALLEL = _team()
+
+
+def _pointer(element: types.Type):
+    """A function that makes an address a pointer to elements of this type."""
+
+    @intrinsic
+    def pointer(typing, address):
+        def code(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(element)(types.int64), code
+
+    return pointer
+
+
+_floats, _doubles, _integers = map(_pointer, (types.float32, types.float64, types.int64))
+
+
+@intrinsic
+def _take(typing, address):
+    """The integer at an address, which becomes one more: no two threads are given the same."""
+
+    def code(context, builder, signature, arguments):
+        kind = ir.IntType(64)
+        where = builder.inttoptr(arguments[0], kind.as_pointer())
+        return builder.atomic_rmw("add", where, ir.Constant(kind, 1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def _add_scaled(typing, start, factor, number):
+    """start + factor · number with one rounding, or two where the processor has no such instruction."""
+
+    def code(context, builder, signature, arguments):
+        kind = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.fmuladd", (kind,), ir.FunctionType(kind, (kind, kind, kind))
+        )
+        return builder.call(function, (arguments[1], arguments[2], arguments[0]))
+
+    return types.float32(types.float32, types.float32, types.float32), code
+
+
+_helper = numba.njit(nogil=True)
+
+
+def _kernel(function):
+    """The function compiled, and kept on disk for the next process where there is a place to keep it."""
+    signature = types.void(types.int64)
+    try:
+        return numba.cfunc(signature, cache=True)(function)
+    except RuntimeError:  # numba finds no folder that it may write to
+        return numba.cfunc(signature)(function)
+
+
+# What a kernel is given is the address of the job, 64-bit integers: the number of the next chunk, how many
+# tensors there are, the address of sums or options, then the size of each tensor, then addresses, list by
+# list.
+
+
+@_helper
+def _read(address, lists):
+    """The job at this address, which has so many lists, and the number of tensors."""
+    count = numba.carray(_integers(address), 2)[1]
+    return numba.carray(_integers(address), 3 + (1 + lists) * count), count
+
+
+@_helper
+def _seek(job, count, chunk, tensor, first):
+    """The tensor in which a chunk lies, and the number of its first chunk, starting from an earlier one."""
+    while tensor < count:
+        chunks = (job[3 + tensor] + _CHUNK - 1) // _CHUNK
+        if chunk < first + chunks:
+            break
+        first += chunks
+        tensor += 1
+    return tensor, first
+
+
+@_helper
+def _part(job, count, which, tensor, start):
+    """A chunk of a tensor of one of the lists."""
+    address = job[3 + (1 + which) * count + tensor] + 4 * start
+    return numba.carray(_floats(address), min(_CHUNK, job[3 + tensor] - start))
+
+
+@numba.njit(nogil=True, fastmath={"reassoc", "contract"})  # so that it runs in the lanes of a vector register
+def _square(x):
+    total = 0.0
+    for i in range(len(x)):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+# Operation by operation as torch.optim.SGD does it, and rounded as there.
+
+
+@_helper
+def _plain(x, g, scale, decay, keep, lr):
+    for i in range(len(x)):
+        start = keep * x[i]
+        d = scale * g[i]
+        if decay:
+            d = _add_scaled(d, decay, x[i])
+        x[i] = _add_scaled(start, -lr, d)
+
+
+@_helper
+def _momentum(x, g, m, scale, decay, keep, lr, momentum, nesterov):
+    for i in range(len(x)):
+        start = keep * x[i]
+        d = scale * g[i]
+        if decay:
+            d = _add_scaled(d, decay, x[i])
+        moved = momentum * m[i] + d
+        m[i] = moved
+        if nesterov:
+            moved = _add_scaled(d, momentum, moved)
+        x[i] = _add_scaled(start, -lr, moved)
+
+
+@_kernel
+def _square_chunks(address):
+    job, count = _read(address, 1)
+    tensor, first = 0, 0
+    while True:
+        chunk = _take(address)
+        tensor, first = _seek(job, count, chunk, tensor, first)
+        if tensor == count:
+            break
+        sums = numba.carray(_doubles(job[2]), chunk + 1)
+        sums[chunk] = _square(_part(job, count, 0, tensor, (chunk - first) * _CHUNK))
+
+
+@_kernel
+def _plain_chunks(address):
+    job, count = _read(address, 2)
+    options = numba.carray(_doubles(job[2]), 6).astype(np.float32)
+    tensor, first = 0, 0
+    while True:
+        chunk = _take(address)
+        tensor, first = _seek(job, count, chunk, tensor, first)
+        if tensor == count:
+            break
+        start = (chunk - first) * _CHUNK
+        x, g = _part(job, count, 0, tensor, start), _part(job, count, 1, tensor, start)
+        _plain(x, g, options[0], options[1], options[2], options[3])
+
+
+@_kernel
+def _momentum_chunks(address):
+    job, count = _read(address, 3)
+    options = numba.carray(_doubles(job[2]), 6).astype(np.float32)
+    tensor, first = 0, 0
+    while True:
+        chunk = _take(address)
+        tensor, first = _seek(job, count, chunk, tensor, first)
+        if tensor == count:
+            break
+        start = (chunk - first) * _CHUNK
+        x, g = _part(job, count, 0, tensor, start), _part(job, count, 1, tensor, start)
+        m = _part(job, count, 2, tensor, start)
+        _momentum(x, g, m, options[0], options[1], options[2], options[3], options[4], options[5] != 0)
