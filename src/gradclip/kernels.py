@@ -2,8 +2,8 @@
 
 This module needs numba, which the rest of the library does without; :func:`gradclip.norms.compiled` gives it,
 or None. One kernel takes a whole list in one call and one pass over memory. The same with torch's operations
-takes several of both: a ResNet-20 has 65 tensors of a few kilobytes, for which looking them up and starting
-threads costs more than the arithmetic.
+takes several of both, and where tensors are small, as most of the 59 of a ResNet-20, looking them up and
+starting threads costs more than the arithmetic.
 """
 
 import ctypes

@@ -289,7 +289,7 @@ def on_host(tensor: Tensor) -> bool:
 
 @functools.cache
 def compiled() -> ModuleType | None:
-    """The module :mod:`gradclip.kernels`; None where numba is missing, or cannot work with this numpy."""
+    """The module ``gradclip.kernels``; None where numba is missing, or cannot work with this numpy."""
     try:
         return importlib.import_module("gradclip.kernels")
     except ImportError:
