@@ -26,7 +26,7 @@ def test_parameter_lists_are_those_of_the_models():
 def test_the_best_is_the_least_median_and_ratios_are_within_rounds():
     times = {
         "gradclip": np.array([1.0, 2.0, 30.0]),
-        "kernels": np.array([0.5, 0.5, 0.5]),
+        "without numba": np.array([0.5, 0.5, 0.5]),
         "clip slow": np.array([9.0, 9.0, 9.0]),
         "clip fast": np.array([2.0, 4.0, 60.0]),  # the same disturbed round
     }
@@ -45,6 +45,6 @@ def test_a_short_run_leaves_a_record(tmp_path):
     for kind in ("momentum", "plain"):
         key = f"resnet20.{kind}.1"
         ratio, target = record.scalars[f"{key}.ratio"], record.scalars[f"{key}.target"]
-        assert ratio > record.scalars[f"{key}.kernels"] > 0
+        assert min(ratio, record.scalars[f"{key}.without_numba"]) > 0
         assert record.scalars[f"{key}.met"] == (ratio <= target)
         assert f"{ratio:.3f}" in done.stdout
