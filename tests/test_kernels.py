@@ -204,6 +204,10 @@ def test_a_place_is_looked_at_again_when_something_has_changed():
     tensors[0] = torch.ones(2)
     assert place(tensors).addresses.tolist() == [t.data_ptr() for t in tensors]
     assert place(tensors[:1]).sizes.tolist() == [2]
+    tensors = [torch.ones(3, 3)]
+    assert place(tensors)
+    tensors[0].data = tensors[0].data.t()  # the same numbers at the same address, in another order
+    assert place(tensors) is None
 
 
 def taken(optimizer, step=lambda optimizer: optimizer.step()):

@@ -66,9 +66,9 @@ def memory(tensors: list[Tensor]) -> Memory | None:
 class Place:
     """:func:`memory` of a list of tensors that mostly stays the same, and stays where it is.
 
-    As long as they are the same tensors at the same addresses, they are not looked at more closely again,
-    which for small tensors takes longer than the step. It is enough where gradients, which come anew, are
-    looked at in each step: they have the size and the layout of their parameters.
+    As long as they are the same tensors at the same addresses, and have no gaps, nothing else is looked at
+    again, which for small tensors takes longer than the step. It is enough where gradients, which come anew,
+    are looked at in each step: they have the sizes of their parameters.
     """
 
     def __init__(self) -> None:
@@ -76,8 +76,13 @@ class Place:
 
     def __call__(self, tensors: list[Tensor]) -> Memory | None:
         """Where these tensors lie."""
-        known = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if not known or (self._memory and self._addresses != list(map(Tensor.data_ptr, tensors))):
+        if not (
+            len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and self._memory is not None
+            and self._addresses == list(map(Tensor.data_ptr, tensors))
+            and all(map(Tensor.is_contiguous, tensors))
+        ):
             self._tensors, self._memory = list(tensors), memory(tensors)
             self._addresses = self._memory.addresses.tolist() if self._memory else []
         return self._memory
@@ -244,10 +249,16 @@ def _part(job, count, which, tensor, start):
 
 @numba.njit(nogil=True, fastmath={"reassoc", "contract"})  # so that it runs in the lanes of a vector register
 def _square(x):
-    total = 0.0
-    for i in range(len(x)):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return total
+    # At four places at once: a processor fetches ahead at each of them, which from memory takes a third less.
+    a, b, c, d, n = 0.0, 0.0, 0.0, 0.0, len(x) // 4
+    for i in range(n):
+        a += np.float64(x[i]) * np.float64(x[i])
+        b += np.float64(x[n + i]) * np.float64(x[n + i])
+        c += np.float64(x[2 * n + i]) * np.float64(x[2 * n + i])
+        d += np.float64(x[3 * n + i]) * np.float64(x[3 * n + i])
+    for i in range(4 * n, len(x)):
+        a += np.float64(x[i]) * np.float64(x[i])
+    return a + b + c + d
 
 
 # Operation by operation as torch.optim.SGD does it, and rounded as there.
