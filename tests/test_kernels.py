@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradclip import kernels
+from gradclip import kernels, norms
+from gradclip.norms import total_norm
 from gradclip.optim import ClippedSGD
+from gradclip.thresholds import Percentile
 
 CHUNK = kernels._CHUNK
 # Nothing, one element, less than a vector register, and the ends of chunks.
@@ -91,10 +93,10 @@ def test_threads_change_no_bit():
 
 
 def test_without_a_team_the_kernels_run_alone(monkeypatch):
-    tensors = kernels.memory(normals([20 * CHUNK]))
-    expected = kernels.sum_of_squares(tensors)
+    tensors = normals([20 * CHUNK])
+    expected = kernels.sum_of_squares(kernels.memory(tensors))
     monkeypatch.setattr(kernels, "_PARALLEL", None)
-    assert kernels.sum_of_squares(tensors) == expected
+    assert kernels.sum_of_squares(kernels.memory(tensors)) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP is what torch brings on Linux")
@@ -106,7 +108,8 @@ from gradclip import kernels
 torch.set_num_threads(3)
 torch.ones(10**6).add_(1)
 before = os.listdir("/proc/self/task")
-kernels.sum_of_squares(kernels.memory([torch.ones(10**6)]))
+numbers = torch.ones(10**6)
+assert kernels.sum_of_squares(kernels.memory([numbers])) == 10**6
 assert kernels._PARALLEL and len(before) >= 3
 assert os.listdir("/proc/self/task") == before
 """
@@ -208,6 +211,8 @@ def test_a_place_is_looked_at_again_when_something_has_changed():
     assert place(tensors)
     tensors[0].data = tensors[0].data.t()  # the same numbers at the same address, in another order
     assert place(tensors) is None
+    assert place([torch.ones(3)])
+    assert place([torch.ones(3).to_mkldnn()]) is None
 
 
 def taken(optimizer, step=lambda optimizer: optimizer.step()):
@@ -342,6 +347,80 @@ def test_moved_parameters_and_new_momenta_are_followed():
     assert (x.tolist(), left.tolist()) == ([7.0] * 3, [-1.0] * 3)  # m = 0.5 · 4 + 1
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+@pytest.mark.usefixtures("both_ways")
+def test_a_parameter_transposed_in_place_is_followed():
+    x, y = (torch.arange(9.0).reshape(3, 3).requires_grad_() for _ in range(2))
+    # Where the gradient is kept, autograd keeps its layout too.
+    for p, optimizer in (
+        (x, ClippedSGD([x], 0.1, max_norm=math.inf, momentum=0.9)),
+        (y, torch.optim.SGD([y], 0.1, momentum=0.9)),
+    ):
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=False)
+            (p * torch.arange(9.0).reshape(3, 3)).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                p.t_()
+            optimizer.state[p]["momentum_buffer"].t_()
+    # Three steps of about five roundings, in numbers below 32.
+    torch.testing.assert_close(x, y, rtol=0.0, atol=3 * 5 * 32 * 2.0**-24)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_nothing_is_written_beyond_a_parameter_that_has_shrunk():
+    memory = torch.zeros(10)
+    x = memory[:10].requires_grad_()
+    x.grad = torch.ones(10)
+    optimizer = ClippedSGD([x], 1.0, max_norm=math.inf)
+    optimizer.step()
+    x.data = memory[:5]  # at the same address, and the gradient is still the longer one
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+    assert memory.tolist() == [-1.0] * 10
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_momentum_that_has_shrunk_is_an_error():
+    x = torch.zeros(8, requires_grad=True)
+    x.grad = torch.ones(8)
+    optimizer = ClippedSGD([x], 1.0, max_norm=math.inf, momentum=0.9)
+    optimizer.step()
+    optimizer.state[x]["momentum_buffer"].resize_(4)
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+
+
+def test_parameters_that_share_memory_are_left_to_torch():
+    memory, place = torch.zeros(2 * CHUNK + 10), kernels.Place()
+    assert place([memory[:CHUNK], memory[CHUNK:], torch.zeros(0), torch.zeros(0)])
+    assert place([memory[: CHUNK + 1], memory[CHUNK:]]) is None
+    assert place([memory, torch.ones(3), memory]) is None
+    halves = [memory[:CHUNK].requires_grad_(), memory[:CHUNK].requires_grad_()]
+    for p in halves:
+        p.grad = torch.ones(CHUNK)
+    optimizer = ClippedSGD(halves, 1.0, max_norm=math.inf)
+    assert not taken(optimizer)
+    assert memory[:CHUNK].eq(-2.0).all()
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("max_norm", [1.0, Percentile(10)], ids=["number", "policy"])
+def test_another_default_device_changes_nothing(max_norm):
+    x = torch.ones(4, requires_grad=True)
+    x.grad = torch.ones(4)
+    optimizer = ClippedSGD([x], 1.0, max_norm=max_norm, rule="log")
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+        norm = total_norm([x.grad])
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.last_norm.item() == norm.item() == 2.0
+    assert x.isfinite().all()
+    assert not x.eq(1.0).any()
+
+
 def test_steps_without_numba_agree(without_kernels):
     def train():
         x = normals([(300,), (20, 30)])
@@ -379,15 +458,83 @@ assert norms.compiled() is None and x.tolist() == [0.5] * 4 and optimizer.last_n
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(monkeypatch):
+STEP = """
+import torch
+from gradclip import norms, optim
+x = torch.ones(4, requires_grad=True)
+x.grad = torch.ones(4)
+optim.ClippedSGD([x], 1.0, max_norm=1.0).step()
+assert x.tolist() == [0.5] * 4
+print(norms.compiled() is not None)
+"""
+
+
+def run(code, **variables):
+    """What a process prints."""
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def test_where_numba_is_told_not_to_compile_the_steps_are_those_of_torch():
+    assert run(STEP, NUMBA_DISABLE_JIT="1") == "False"
+
+
+def test_where_numba_fails_a_warning_says_so(monkeypatch):
+    def broken(name):
+        raise ValueError("no such processor")
+
+    monkeypatch.setattr("gradclip.norms.importlib.import_module", broken)
+    norms.compiled.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no such processor"):
+            assert norms.compiled() is None
+    finally:
+        norms.compiled.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have():
+    code = """
+import os, signal, torch
+from gradclip import kernels
+torch.set_num_threads(2)
+tensors = [torch.ones(30_000) for _ in range(5)]
+where = kernels.memory(tensors)
+assert kernels.sum_of_squares(where) == 150_000
+child = os.fork()
+if not child:
+    signal.alarm(20)  # ends a process that hangs
+    os._exit(kernels.sum_of_squares(where) != 150_000)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("cannot cache function: no locator available"),
+        OSError(28, "No space left on device"),
+        EOFError("Ran out of input"),  # a file that was cut short
+    ],
+    ids=repr,
+)
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(monkeypatch, error):
     compile_ = kernels.numba.cfunc
 
-    def without_folder(signature, cache=False):
+    def without_cache(signature, cache=False):
         if cache:
-            raise RuntimeError("cannot cache function: no locator available")
+            raise error
         return compile_(signature)
 
-    monkeypatch.setattr(kernels.numba, "cfunc", without_folder)
+    monkeypatch.setattr(kernels.numba, "cfunc", without_cache)
 
     def nothing(address):
         pass

@@ -8,8 +8,9 @@ starting threads costs more than the arithmetic.
 
 import ctypes
 import math
-import operator
+import os
 from array import array
+from itertools import pairwise
 from typing import NamedTuple
 
 import numba
@@ -19,6 +20,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("numba is told not to compile, by NUMBA_DISABLE_JIT")
 
 # The threads of a team take turns in chunks of so many elements. With 128 KB, a chunk of gradient, parameter
 # and momentum fits into the second-level cache. Sums are per chunk, which makes them the same for any team.
@@ -64,28 +68,41 @@ def memory(tensors: list[Tensor]) -> Memory | None:
 
 
 class Place:
-    """:func:`memory` of a list of tensors that mostly stays the same, and stays where it is.
+    """:func:`memory` of a list of tensors that mostly stays where it is, as parameters and momenta do.
 
-    As long as they are the same tensors at the same addresses, and have no gaps, nothing else is looked at
-    again, which for small tensors takes longer than the step. It is enough where gradients, which come anew,
-    are looked at in each step: they have the sizes of their parameters.
+    As long as there are as many tensors, at the same addresses, of the same sizes and without gaps, they are
+    the same, because these are kept alive here; type, dtype and device are then not looked at again. None
+    also for tensors that share memory, whose updates would have to be made one after the other.
     """
 
     def __init__(self) -> None:
-        self._tensors, self._addresses, self._memory = [], [], None
+        self._tensors, self._sizes, self._addresses, self._memory = [], [], [], None
 
     def __call__(self, tensors: list[Tensor]) -> Memory | None:
         """Where these tensors lie."""
-        if not (
-            len(tensors) == len(self._tensors)
-            and all(map(operator.is_, tensors, self._tensors))
-            and self._memory is not None
-            and self._addresses == list(map(Tensor.data_ptr, tensors))
-            and all(map(Tensor.is_contiguous, tensors))
-        ):
+        if self._memory is None or not self._is_unchanged(tensors):
             self._tensors, self._memory = list(tensors), memory(tensors)
-            self._addresses = self._memory.addresses.tolist() if self._memory else []
+            if self._memory and _overlap(self._memory):
+                self._memory = None
+            if self._memory:
+                self._sizes, self._addresses = self._memory.sizes.tolist(), self._memory.addresses.tolist()
         return self._memory
+
+    def _is_unchanged(self, tensors: list[Tensor]) -> bool:
+        try:
+            return (
+                self._addresses == list(map(Tensor.data_ptr, tensors))
+                and self._sizes == list(map(Tensor.numel, tensors))
+                and all(map(Tensor.is_contiguous, tensors))
+            )
+        except RuntimeError:  # as in memory
+            return False
+
+
+def _overlap(tensors: Memory) -> bool:
+    """Whether two of the tensors share memory."""
+    parts = sorted((start, start + 4 * size) for size, start in zip(*tensors[:2], strict=True) if size)
+    return any(end > start for (_, end), (start, _) in pairwise(parts))
 
 
 def sum_of_squares(tensors: Memory) -> float:
@@ -159,7 +176,15 @@ def _team() -> "ctypes._CFuncPtr | None":
     return function
 
 
+def _run_alone() -> None:
+    global _PARALLEL
+    _PARALLEL = None
+
+
 _PARALLEL = _team()
+# A forked process has none of the threads of its parent, and GNU OpenMP would wait for them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_run_alone)
 
 
 def _pointer(element: types.Type):
@@ -212,7 +237,7 @@ def _kernel(function):
     signature = types.void(types.int64)
     try:
         return numba.cfunc(signature, cache=True)(function)
-    except RuntimeError:  # numba finds no folder that it may write to
+    except Exception:  # no folder to write to, a full disk, a damaged file: whatever it is, it can do without
         return numba.cfunc(signature)(function)
 
 

@@ -5,6 +5,7 @@ import importlib
 import math
 import reprlib
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
@@ -289,10 +290,13 @@ def on_host(tensor: Tensor) -> bool:
 
 @functools.cache
 def compiled() -> ModuleType | None:
-    """The module ``gradclip.kernels``; None where numba is missing, or cannot work with this numpy."""
+    """The module ``gradclip.kernels``; None without numba, or where it fails, of which a warning tells."""
     try:
         return importlib.import_module("gradclip.kernels")
     except ImportError:
+        return None
+    except Exception as error:
+        warnings.warn(f"numba fails here, and steps on the CPU take longer: {error!r}", stacklevel=2)
         return None
 
 
@@ -431,7 +435,8 @@ def _norm(tensors: list[Tensor], sum_dtype: torch.dtype) -> Tensor:
         kernels = compiled() if tensors[0].dtype == torch.float32 else None
         memory = kernels and kernels.memory(tensors)
         if memory:
-            return torch.tensor(math.sqrt(kernels.sum_of_squares(memory)), dtype=torch.float64)
+            squares = kernels.sum_of_squares(memory)
+            return torch.tensor(math.sqrt(squares), dtype=torch.float64, device="cpu")
         blocks = _blocks(tensors)
         norm = _unscaled_norm(blocks, sum_dtype)
         # A square below the smallest normal number may be lost. Above this floor, all of them together change

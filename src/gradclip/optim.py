@@ -274,9 +274,9 @@ class _Clipping(torch.optim.Optimizer):
 
     def _record_numbers(self, norm: float, factor: float, dtype: torch.dtype) -> None:
         if self._view is None or self._last.dtype != dtype:
-            self._last = torch.empty(2, dtype=dtype)
+            self._last = torch.empty(2, dtype=dtype, device="cpu")
             self._view = self._last.numpy()
-        self._view[:] = norm, factor  # much quicker than making a tensor of two numbers
+        self._view[0], self._view[1] = norm, factor  # much quicker than making a tensor of them
 
     def _label(self, index: int) -> str:
         """How error messages call the parameter of this index, counted over all groups."""
@@ -315,7 +315,8 @@ class ClippedSGD(_Clipping):
 
     which for ``rule="hard"`` is :func:`torch.nn.utils.clip_grad_norm_` followed by :class:`torch.optim.SGD`,
     up to the 1e-6 that torch adds to the norm. Without momentum and weight decay, a step of the rules
-    ``hard``, ``soft`` and ``log`` is at most ``lr * max_norm`` long, one of ``normalize`` exactly.
+    ``hard``, ``soft`` and ``log`` is at most ``lr * max_norm`` long, and one of ``normalize`` just so long,
+    unless the norm is so small that ``max_norm`` over it exceeds the range of its dtype.
 
     ``.grad`` is left as it is: the factor goes into the update. With ``scope="global"`` on a CPU, the plain
     and the momentum step make no copy of the gradient, but for the small buffer of
@@ -326,8 +327,8 @@ class ClippedSGD(_Clipping):
     Float32 parameters on a CPU take the step by compiled kernels in two passes over memory, if numba is
     installed (``pip install gradclip[fast]``), the scope is ``"global"``, tensors have no gaps and a momentum
     has no dampening. Where the factor is 1, that is the step of :class:`torch.optim.SGD` (with ``fused`` at
-    its default) bit for bit. The first one in a process takes a second to load the kernels, and two more if
-    they have to be compiled.
+    its default) bit for bit, on processors that multiply and add with one rounding. The first one in a
+    process takes a second to load the kernels, and some more if they have to be compiled.
 
     ``lr``, ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay`` and
     ``maximize`` may differ between parameter groups. ``rule``, ``scope``, ``nonfinite`` and, with
@@ -526,7 +527,7 @@ class ClippedSGD(_Clipping):
 
         max_norm = options["max_norm"]
         if callable(max_norm):
-            max_norm = max_norm(torch.scalar_tensor(norm, dtype=torch.float32))
+            max_norm = max_norm(torch.scalar_tensor(norm, dtype=torch.float32, device="cpu"))
         factor = _factor_of(norm, max_norm, options["rule"], torch.float32)
         for (group, params, _, own, theirs), momenta in zip(work, moving, strict=True):
             lr, decay = float(group["lr"]), group["weight_decay"]

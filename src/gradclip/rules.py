@@ -133,7 +133,7 @@ def factor_of_number(g: float, c: float, rule: str, largest: float = sys.float_i
         return 1.0
     share = ratio / (1 + ratio) if ratio < 1 else 1 / (1 + 1 / ratio)
     # torch's logarithm, not Python's: the last bit shall not depend on the path.
-    return torch.tensor(share, dtype=torch.float64).log1p().item() / ratio
+    return torch.tensor(share, dtype=torch.float64, device="cpu").log1p().item() / ratio
 
 
 def check_rule(max_norm: float, rule: str) -> None:
