@@ -49,7 +49,7 @@ class _Clipping(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any]):
-        self._checked, self._places, self._view = None, {}, None
+        self._checked, self._places, self._view = None, [], None
         super().__init__(params, defaults)
         parameters = [p for group in self.param_groups for p in group["params"]]
         device = parameters[0].device if parameters else None
@@ -184,7 +184,7 @@ class _Clipping(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # The base class copies and pickles its own three attributes only.
         own = {"_last": self._last, "_skipped": self._skipped}
-        return {**super().__getstate__(), **own, "_checked": None, "_places": {}, "_view": None}
+        return {**super().__getstate__(), **own, "_checked": None, "_places": [], "_view": None}
 
     def _check(self, groups: list[dict[str, Any]]) -> None:
         """Raise :class:`ValueError` or :class:`TypeError` unless these can be parameter groups together."""
@@ -496,15 +496,17 @@ class ClippedSGD(_Clipping):
         kernels = compiled()
         if kernels is None:
             return False
+        while len(self._places) < len(self.param_groups):
+            self._places.append((kernels.Place(), kernels.Place()))
         work, squares = [], 0.0
-        for index, group in enumerate(self.param_groups):
+        for group, (place, _) in zip(self.param_groups, self._places, strict=False):
             params = group["params"]
             grads = [p.grad for p in params]
             if type(None) in set(map(type, grads)):
                 params = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in params]
             theirs = kernels.memory(grads)
-            own = theirs and self._place(kernels, "params", index, params)
+            own = theirs and place(params)
             if not own or own.sizes != theirs.sizes or (group["momentum"] and group["dampening"]):
                 return False
             squares += kernels.sum_of_squares(theirs)
@@ -515,10 +517,10 @@ class ClippedSGD(_Clipping):
         if options["nonfinite"] != "propagate" and not math.isfinite(norm):
             return False
         moving = []
-        for index, (group, params, _, own, _) in enumerate(work):
+        for (group, params, _, own, _), (_, place) in zip(work, self._places, strict=False):
             momenta = None
             if group["momentum"]:
-                momenta = self._place(kernels, "momenta", index, self._momenta(params))
+                momenta = place(self._momenta(params))
                 if not momenta or momenta.sizes != own.sizes:
                     return False
             moving.append(momenta)
@@ -547,12 +549,6 @@ class ClippedSGD(_Clipping):
             torch.autograd.graph.increment_version(params)
         self._record_numbers(norm, factor, torch.float32)
         return True
-
-    def _place(self, kernels: Any, name: str, index: int, tensors: list[Tensor]) -> Any:
-        """Where the parameters or momenta of a group lie, or None."""
-        if (name, index) not in self._places:
-            self._places[name, index] = kernels.Place()
-        return self._places[name, index](tensors)
 
 
 class MixedClippedSGD(_Clipping):
