@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -290,10 +291,10 @@ class _Clipping(torch.optim.Optimizer):
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         """Momentum of each parameter, zero at first."""
         state = self.state
-        try:
-            momenta = [state[parameter]["momentum_buffer"] for parameter in params]
-        except KeyError:
-            momenta = [None]
+        # States mostly stand in the order of the parameters, and need no look-up with a hash for each.
+        in_order = len(state) == len(params) and all(map(operator.is_, state, params))
+        states = state.values() if in_order else [state[parameter] for parameter in params]
+        momenta = [of_one.get("momentum_buffer") for of_one in states]
         if type(None) not in set(map(type, momenta)):
             return momenta
         for parameter in params:
