@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from gradclip import records
+from gradclip import kernels, records
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/optim_step.py"
 spec = importlib.util.spec_from_file_location("optim_step", SCRIPT)
@@ -35,6 +36,21 @@ def test_the_best_is_the_least_median_and_ratios_are_within_rounds():
     assert quartiles.tolist() == [0.5, 0.5, 0.5]
 
 
+def test_the_step_without_numba_goes_by_no_kernel(monkeypatch):
+    parameter = torch.ones(3, requires_grad=True)
+    parameter.grad = torch.ones(3)
+    steps = optim_step.methods([parameter], 0.9)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a kernel was called")
+
+    for name in ("sgd_", "sum_of_squares"):
+        monkeypatch.setattr(kernels, name, refuse)
+    steps["without numba"]()
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        steps["gradclip"]()
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_short_run_leaves_a_record(tmp_path):
     options = ["--lists", "resnet20", "--threads", "1", "--seconds", "0.1", "--out", str(tmp_path)]
@@ -42,6 +58,7 @@ def test_a_short_run_leaves_a_record(tmp_path):
     record = records.load(tmp_path / "benchmark-optim-step" / "cpu-cpu")
     assert records.is_current(record)
     assert len(record.series["method"]) == 2 * 8
+    assert {"gradclip", "without numba"} < set(record.series["method"])
     for kind in ("momentum", "plain"):
         key = f"resnet20.{kind}.1"
         ratio, target = record.scalars[f"{key}.ratio"], record.scalars[f"{key}.target"]
