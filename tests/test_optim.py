@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 import tempfile
+import weakref
 
 import numpy as np
 import pytest
@@ -300,6 +301,23 @@ def test_parameters_without_gradients_are_left_alone():
     optimizer.step()
     assert all(torch.equal(p, v) for p, v in zip([a, b], before, strict=True))
     assert optimizer.last_norm.item() == 0.0
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_leaves_the_gradients_alone_and_keeps_none(momentum):
+    parameters = make_parameters([(7,), (30, 40)], dtype=torch.float32)
+    optimizer = ClippedSGD(parameters, lr=0.1, max_norm=0.5, momentum=momentum)
+    for step in range(2):
+        set_gradients(parameters, step)
+        before = bits(p.grad for p in parameters)
+        optimizer.step()
+        assert bits(p.grad for p in parameters) == before
+        gone = [weakref.ref(p.grad) for p in parameters]
+        optimizer.zero_grad()
+        assert [reference() for reference in gone] == [None, None]
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    assert [t.shape for t in kept] == [p.shape for p in parameters if momentum]
 
 
 @pytest.mark.usefixtures("both_ways")
