@@ -187,6 +187,10 @@ def test_what_the_kernels_cannot_take(kind):
     tensor = UNFIT[kind]()
     assert kernels.memory([torch.ones(2), tensor]) is None
     assert kernels.memory([tensor]) is None
+    place, fit = kernels.Place(apart=False), torch.ones(tensor.shape)
+    assert place([fit])
+    assert place([tensor]) is None
+    assert place([fit])
 
 
 def test_nothing_and_parameters_are_fit():
@@ -194,9 +198,18 @@ def test_nothing_and_parameters_are_fit():
     assert kernels.memory([nn.Parameter(torch.ones(3)), torch.ones(()), torch.ones(2, 0)]).total == 4
 
 
-def test_a_place_is_looked_at_again_when_something_has_changed():
-    tensors, place = [torch.ones(3), torch.ones(4)], kernels.Place()
-    assert place(tensors) is place(tensors)
+@pytest.fixture(params=["guards", "none"])
+def guards(request, monkeypatch):
+    """With the guards of torch, and where it has none."""
+    if request.param == "none":
+        monkeypatch.setattr(kernels, "TensorGuards", None)
+    return kernels.TensorGuards
+
+
+def test_a_place_is_looked_at_again_when_something_has_changed(guards):
+    tensors, place = [torch.ones(3), torch.ones(4)], kernels.Place(apart=True)
+    assert place(tensors) == place(tensors)
+    assert (place(tensors) is place(tensors)) == (guards is not None)
     tensors[1] = torch.ones(5)
     assert place(tensors).sizes.tolist() == [3, 5]
     tensors[0].data = torch.ones(6)
@@ -391,11 +404,14 @@ def test_a_momentum_that_has_shrunk_is_an_error():
         optimizer.step()
 
 
-def test_parameters_that_share_memory_are_left_to_torch():
-    memory, place = torch.zeros(2 * CHUNK + 10), kernels.Place()
+def test_parameters_that_share_memory_are_left_to_torch(guards):
+    memory, place = torch.zeros(2 * CHUNK + 10), kernels.Place(apart=True)
     assert place([memory[:CHUNK], memory[CHUNK:], torch.zeros(0), torch.zeros(0)])
     assert place([memory[: CHUNK + 1], memory[CHUNK:]]) is None
     assert place([memory, torch.ones(3), memory]) is None
+    assert place([memory[:CHUNK], memory[CHUNK:-10]])
+    assert place([memory[:CHUNK], memory[10:][:CHUNK]]) is None  # of the same sizes as before
+    assert kernels.Place(apart=False)([memory, torch.ones(3), memory])
     halves = [memory[:CHUNK].requires_grad_(), memory[:CHUNK].requires_grad_()]
     for p in halves:
         p.grad = torch.ones(CHUNK)

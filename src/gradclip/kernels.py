@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 from array import array
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # it is not public
+    TensorGuards = None
 
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is told not to compile, by NUMBA_DISABLE_JIT")
@@ -58,45 +64,60 @@ def memory(tensors: list[Tensor]) -> Memory | None:
             and not any(map(Tensor.is_neg, tensors))
         ):
             return None
-        addresses = list(map(Tensor.data_ptr, tensors))
+        addresses = array("q", list(map(Tensor.data_ptr, tensors)))
     except RuntimeError:  # a tensor of another layout than strided has no address, or cannot be contiguous
         return None
-    sizes = list(map(Tensor.numel, tensors))
-    if 0 in addresses and any(size and not address for size, address in zip(sizes, addresses, strict=True)):
-        return None  # memory that was given back, as sharding does between steps
-    return Memory(array("q", sizes), array("q", addresses), sum(sizes))
+    sizes = array("q", list(map(Tensor.numel, tensors)))
+    found = Memory(sizes, addresses, sum(sizes))
+    return None if _is_lost(found) else found
 
 
 class Place:
-    """:func:`memory` of a list of tensors that mostly stays where it is, as parameters and momenta do.
+    """:func:`memory` of a list of tensors that are mostly like those of the call before, as in an optimizer.
 
-    As long as there are as many tensors, at the same addresses, of the same sizes and without gaps, they are
-    the same, because these are kept alive here; type, dtype and device are then not looked at again. None
-    also for tensors that share memory, whose updates would have to be made one after the other.
+    Whether they are (in type, dtype, device, sizes and strides, and no tensor twice) one call of torch tells,
+    by which ``torch.compile`` guards its graphs; then only the addresses are left to look at. With ``apart``
+    None also for tensors that share memory, whose updates would have to be made one after the other.
     """
 
-    def __init__(self) -> None:
-        self._tensors, self._sizes, self._addresses, self._memory = [], [], [], None
+    def __init__(self, *, apart: bool) -> None:
+        self._apart, self._memory, self._addresses, self._are_like_before = apart, None, [], _never
 
     def __call__(self, tensors: list[Tensor]) -> Memory | None:
         """Where these tensors lie."""
-        if self._memory is None or not self._is_unchanged(tensors):
-            self._tensors, self._memory = list(tensors), memory(tensors)
-            if self._memory and _overlap(self._memory):
-                self._memory = None
-            if self._memory:
-                self._sizes, self._addresses = self._memory.sizes.tolist(), self._memory.addresses.tolist()
+        before, self._memory = self._memory, None
+        if before and len(self._addresses) == len(tensors) and self._are_like_before(*tensors):
+            addresses = list(map(Tensor.data_ptr, tensors))
+            if addresses == self._addresses:
+                self._memory = before
+                return before
+            self._addresses, found = addresses, before._replace(addresses=array("q", addresses))
+            if _is_lost(found):
+                return None
+        else:
+            found = memory(tensors)
+            if found:
+                self._are_like_before, self._addresses = _guard(tensors), found.addresses.tolist()
+        if found and not (self._apart and _overlap(found)):
+            self._memory = found
         return self._memory
 
-    def _is_unchanged(self, tensors: list[Tensor]) -> bool:
-        try:
-            return (
-                self._addresses == list(map(Tensor.data_ptr, tensors))
-                and self._sizes == list(map(Tensor.numel, tensors))
-                and all(map(Tensor.is_contiguous, tensors))
-            )
-        except RuntimeError:  # as in memory
-            return False
+
+def _guard(tensors: list[Tensor]) -> Callable[..., bool]:
+    """A function that tells whether tensors, as many as these, are like them."""
+    if TensorGuards is None:
+        return _never
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def _never(*tensors: Tensor) -> bool:
+    return False
+
+
+def _is_lost(tensors: Memory) -> bool:
+    """Whether memory was given back, as sharding does between steps."""
+    sizes, addresses, _ = tensors
+    return 0 in addresses and any(size and not at for size, at in zip(sizes, addresses, strict=True))
 
 
 def _overlap(tensors: Memory) -> bool:
@@ -114,7 +135,7 @@ def sum_of_squares(tensors: Memory) -> float:
     """
     # Every chunk but the last of a tensor is full, so there are not more than this.
     sums = array("d", bytes(8 * (tensors.total // _CHUNK + len(tensors.sizes))))
-    _run(_square_chunks, sums, tensors)
+    _run(sums, tensors)
     return math.fsum(sums)
 
 
@@ -141,23 +162,20 @@ def sgd_(
     Autograd has to be told that the tensors have changed, with ``torch.autograd.graph.increment_version``.
     """
     options = array("d", (scale, weight_decay, keep, lr, momentum, nesterov))
-    if momenta is None:
-        _run(_plain_chunks, options, params, grads)
-    else:
-        _run(_momentum_chunks, options, params, grads, momenta)
+    _run(options, *(lists for lists in (params, grads, momenta) if lists is not None))
 
 
-def _run(kernel: "numba.core.ccallback.CFunc", numbers: array, *lists: Memory) -> None:
-    """Call a kernel for lists of the same sizes, on as many threads as torch would use."""
+def _run(numbers: array, *lists: Memory) -> None:
+    """Call the kernel for lists of the same sizes, on as many threads as torch would use."""
     sizes = lists[0].sizes
-    job = array("q", (0, len(sizes), numbers.buffer_info()[0])) + sizes
+    job = array("q", (0, len(lists), len(sizes), numbers.buffer_info()[0])) + sizes
     for each in lists:
         job += each.addresses
     address = job.buffer_info()[0]
     if _PARALLEL is not None and lists[0].total > _ALONE and torch.get_num_threads() > 1:
-        _PARALLEL(kernel.address, address, 0, 0)
+        _PARALLEL(_chunks.address, address, 0, 0)
     else:
-        kernel.ctypes(address)
+        _chunks.ctypes(address)
 
 
 def _team() -> "ctypes._CFuncPtr | None":
@@ -241,23 +259,17 @@ def _kernel(function):
         return numba.cfunc(signature)(function)
 
 
-# What a kernel is given is the address of the job, 64-bit integers: the number of the next chunk, how many
-# tensors there are, the address of sums or options, then the size of each tensor, then addresses, list by
-# list.
-
-
-@_helper
-def _read(address, lists):
-    """The job at this address, which has so many lists, and the number of tensors."""
-    count = numba.carray(_integers(address), 2)[1]
-    return numba.carray(_integers(address), 3 + (1 + lists) * count), count
+# What the kernel is given is the address of the job, 64-bit integers: the number of the next chunk, how many
+# lists there are, how many tensors in each, the address of sums or options, the size of each tensor, then
+# addresses, list by list.
+_HEAD = 4
 
 
 @_helper
 def _seek(job, count, chunk, tensor, first):
     """The tensor in which a chunk lies, and the number of its first chunk, starting from an earlier one."""
     while tensor < count:
-        chunks = (job[3 + tensor] + _CHUNK - 1) // _CHUNK
+        chunks = (job[_HEAD + tensor] + _CHUNK - 1) // _CHUNK
         if chunk < first + chunks:
             break
         first += chunks
@@ -268,8 +280,8 @@ def _seek(job, count, chunk, tensor, first):
 @_helper
 def _part(job, count, which, tensor, start):
     """A chunk of a tensor of one of the lists."""
-    address = job[3 + (1 + which) * count + tensor] + 4 * start
-    return numba.carray(_floats(address), min(_CHUNK, job[3 + tensor] - start))
+    address = job[_HEAD + (1 + which) * count + tensor] + 4 * start
+    return numba.carray(_floats(address), min(_CHUNK, job[_HEAD + tensor] - start))
 
 
 @numba.njit(nogil=True, fastmath={"reassoc", "contract"})  # so that it runs in the lanes of a vector register
@@ -333,22 +345,11 @@ def _momentum(x, g, m, scale, decay, keep, lr, momentum, nesterov):
 
 
 @_kernel
-def _square_chunks(address):
-    job, count = _read(address, 1)
-    tensor, first = 0, 0
-    while True:
-        chunk = _take(address)
-        tensor, first = _seek(job, count, chunk, tensor, first)
-        if tensor == count:
-            break
-        sums = numba.carray(_doubles(job[2]), chunk + 1)
-        sums[chunk] = _square(_part(job, count, 0, tensor, (chunk - first) * _CHUNK))
-
-
-@_kernel
-def _plain_chunks(address):
-    job, count = _read(address, 2)
-    options = numba.carray(_doubles(job[2]), 6).astype(np.float32)
+def _chunks(address):
+    """Take chunk after chunk: of one list for the sum of squares, of two or three for a step."""
+    _, lists, count, numbers = numba.carray(_integers(address), _HEAD)
+    job = numba.carray(_integers(address), _HEAD + (1 + lists) * count)
+    options = numba.carray(_doubles(numbers), 6 if lists > 1 else 0).astype(np.float32)
     tensor, first = 0, 0
     while True:
         chunk = _take(address)
@@ -356,21 +357,13 @@ def _plain_chunks(address):
         if tensor == count:
             break
         start = (chunk - first) * _CHUNK
-        x, g = _part(job, count, 0, tensor, start), _part(job, count, 1, tensor, start)
-        _plain(x, g, options[0], options[1], options[2], options[3])
-
-
-@_kernel
-def _momentum_chunks(address):
-    job, count = _read(address, 3)
-    options = numba.carray(_doubles(job[2]), 6).astype(np.float32)
-    tensor, first = 0, 0
-    while True:
-        chunk = _take(address)
-        tensor, first = _seek(job, count, chunk, tensor, first)
-        if tensor == count:
-            break
-        start = (chunk - first) * _CHUNK
-        x, g = _part(job, count, 0, tensor, start), _part(job, count, 1, tensor, start)
-        m = _part(job, count, 2, tensor, start)
-        _momentum(x, g, m, options[0], options[1], options[2], options[3], options[4], options[5] != 0)
+        x = _part(job, count, 0, tensor, start)
+        if lists == 1:
+            sums = numba.carray(_doubles(numbers), chunk + 1)
+            sums[chunk] = _square(x)
+        elif lists == 2:
+            g = _part(job, count, 1, tensor, start)
+            _plain(x, g, options[0], options[1], options[2], options[3])
+        else:
+            g, m = _part(job, count, 1, tensor, start), _part(job, count, 2, tensor, start)
+            _momentum(x, g, m, options[0], options[1], options[2], options[3], options[4], options[5] != 0)

@@ -498,16 +498,16 @@ class ClippedSGD(_Clipping):
         if kernels is None:
             return False
         while len(self._places) < len(self.param_groups):
-            self._places.append((kernels.Place(), kernels.Place()))
+            self._places.append([kernels.Place(apart=apart) for apart in (True, False, True)])
         work, squares = [], 0.0
-        for group, (place, _) in zip(self.param_groups, self._places, strict=False):
+        for group, (of_params, of_grads, _) in zip(self.param_groups, self._places, strict=False):
             params = group["params"]
             grads = [p.grad for p in params]
             if type(None) in set(map(type, grads)):
                 params = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in params]
-            theirs = kernels.memory(grads)
-            own = theirs and place(params)
+            theirs = of_grads(grads)
+            own = theirs and of_params(params)
             if not own or own.sizes != theirs.sizes or (group["momentum"] and group["dampening"]):
                 return False
             squares += kernels.sum_of_squares(theirs)
@@ -518,10 +518,10 @@ class ClippedSGD(_Clipping):
         if options["nonfinite"] != "propagate" and not math.isfinite(norm):
             return False
         moving = []
-        for (group, params, _, own, _), (_, place) in zip(work, self._places, strict=False):
+        for (group, params, _, own, _), (*_, of_momenta) in zip(work, self._places, strict=False):
             momenta = None
             if group["momentum"]:
-                momenta = place(self._momenta(params))
+                momenta = of_momenta(self._momenta(params))
                 if not momenta or momenta.sizes != own.sizes:
                     return False
             moving.append(momenta)
