@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -389,12 +390,18 @@ def test_provenance_names_versions_device_and_time():
         np.__version__,
         torch.version.cuda,
     )
+    assert found["numba"] == importlib.metadata.version("numba")
     assert found["python"].count(".") == 2
     assert found["device"] == "cpu"
     assert found["device_name"]
     assert (found["data_sha256"], found["wall_time_s"]) == ("abc", 2.5)
     assert found["source_sha256"] == records.source_hash()
     assert found["finished"].endswith("+00:00")
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_provenance_without_numba():
+    assert records.provenance("cpu", data_sha256=None, wall_time=0.0)["numba"] is None
 
 
 @pytest.mark.parametrize(

@@ -413,13 +413,14 @@ class RecordDirective(MarkdownDirective):
             logger.warning("record: %s", error, location=self.get_location())
             return []
         made = record.provenance
+        numba = f"numba {made['numba']}" if made.get("numba") else "no numba"
         current = records.is_current(record)
         origin = "the source of this build." if current else "**which has changed since.**"
         lines = [
             f":::{{admonition}} Record {name}",
             f":class: {'note' if current else 'warning'}",
             f"Finished {made['finished']} on {made['device_name']} in {made['wall_time_s']:.0f} s, "
-            f"with Python {made['python']} and torch {made['torch']}, "
+            f"with Python {made['python']}, torch {made['torch']} and {numba}, "
             f"from source `{made['source_sha256'][:12]}`, {origin}",
             ":::",
         ]

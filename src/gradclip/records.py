@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradclip import parallel
+from gradclip import norms, parallel
 
 FORMAT = 1
 _PACKAGE = Path(__file__).resolve().parent
@@ -187,17 +187,20 @@ def provenance(device: torch.device | str, *, data_sha256: str | None, wall_time
         wall_time: Duration of the run in seconds, over all its parts when it was interrupted.
 
     Returns:
-        A dict with the keys ``python``, ``torch``, ``numpy``, ``cuda`` (versions; ``cuda`` is None without
-        it), ``device`` (see :func:`device_slug`), ``device_name``, ``threads``, ``processes``,
-        ``git_commit``, ``git_clean`` (both None outside a checkout), ``source_sha256``, ``data_sha256``,
-        ``wall_time_s`` and ``finished`` (UTC, ISO 8601). :func:`save` adds ``series_sha256``.
+        A dict with the keys ``python``, ``torch``, ``numpy``, ``numba``, ``cuda`` (versions; the last two are
+        None where the library does without), ``device`` (see :func:`device_slug`), ``device_name``,
+        ``threads``, ``processes``, ``git_commit``, ``git_clean`` (both None outside a checkout),
+        ``source_sha256``, ``data_sha256``, ``wall_time_s`` and ``finished`` (UTC, ISO 8601). :func:`save`
+        adds ``series_sha256``.
     """
     device = torch.device(device)
     commit, clean = _git()
+    kernels = norms.compiled()
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which a checkpoint could not hold
         "numpy": np.__version__,
+        "numba": kernels.numba.__version__ if kernels else None,
         "cuda": torch.version.cuda,
         "device": device_slug(device),
         "device_name": _device_name(device),

@@ -25,6 +25,7 @@ _DECISIVE = (
     "python",
     "torch",
     "numpy",
+    "numba",
     "cuda",
     "device_name",
     "threads",
