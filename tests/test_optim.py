@@ -131,6 +131,30 @@ def test_differs_from_torch_itself_by_its_offset_only(scale):
         torch.testing.assert_close(a, b, rtol=0.0, atol=5 * 0.5e-6)
 
 
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_goes_on_with_the_momentum_of_sgd(dtype, nesterov):
+    shapes, options = [(7,), (3, 5)], {"momentum": 0.9, "nesterov": nesterov}
+    ours, theirs = (make_parameters(shapes, dtype=dtype) for _ in range(2))
+    frozen = torch.ones(2)
+    before = torch.optim.SGD([*ours, frozen], lr=0.5, **options)
+    after = torch.optim.SGD(theirs, lr=0.5, **options)
+    optimizer = ClippedSGD([*ours, frozen], lr=0.5, max_norm=math.inf, **options)
+    for step in range(6):
+        for parameters in (ours, theirs):
+            set_gradients(parameters, step)
+        if step == 3:
+            for p, state in before.state.items():
+                optimizer.state[p]["momentum_buffer"] = state["momentum_buffer"]
+        (before if step < 3 else optimizer).step()
+        after.step()
+    # These gradients are below 4, so that momenta are below 24, steps below 13 and parameters below 82; each
+    # step rounds a parameter once and a momentum three times.
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=6 * (82 + 3 * 24) * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "options",
