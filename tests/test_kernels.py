@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 import os
@@ -160,6 +161,12 @@ def without_memory():
     return tensor
 
 
+def without_memory_behind_an_offset():
+    tensor = torch.ones(6)[3:]
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -176,18 +183,21 @@ UNFIT = {
     "meta": lambda: torch.ones(3, device="meta"),
     "negative view": negative_view,
     "without memory": without_memory,
+    "without memory, offset": without_memory_behind_an_offset,
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "subclass": lambda: torch.ones(3).as_subclass(Subclass),
 }
 
 
 @pytest.mark.parametrize("kind", UNFIT)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_what_the_kernels_cannot_take(kind):
     assert kernels.memory([torch.ones(2)])
     tensor = UNFIT[kind]()
     assert kernels.memory([torch.ones(2), tensor]) is None
     assert kernels.memory([tensor]) is None
-    place, fit = kernels.Place(apart=False), torch.ones(tensor.shape)
+    place, fit = kernels.Place(lasting=True), torch.ones(3)
     assert place([fit])
     assert place([tensor]) is None
     assert place([fit])
@@ -202,14 +212,14 @@ def test_nothing_and_parameters_are_fit():
 def guards(request, monkeypatch):
     """With the guards of torch, and where it has none."""
     if request.param == "none":
-        monkeypatch.setattr(kernels, "TensorGuards", None)
-    return kernels.TensorGuards
+        monkeypatch.setattr(kernels, "_guard", lambda tensors: kernels._never)
+    return request.param == "guards"
 
 
 def test_a_place_is_looked_at_again_when_something_has_changed(guards):
-    tensors, place = [torch.ones(3), torch.ones(4)], kernels.Place(apart=True)
+    tensors, place = [torch.ones(3), torch.ones(4)], kernels.Place(lasting=True)
     assert place(tensors) == place(tensors)
-    assert (place(tensors) is place(tensors)) == (guards is not None)
+    assert (place(tensors) is place(tensors)) == guards
     tensors[1] = torch.ones(5)
     assert place(tensors).sizes.tolist() == [3, 5]
     tensors[0].data = torch.ones(6)
@@ -405,19 +415,103 @@ def test_a_momentum_that_has_shrunk_is_an_error():
 
 
 def test_parameters_that_share_memory_are_left_to_torch(guards):
-    memory, place = torch.zeros(2 * CHUNK + 10), kernels.Place(apart=True)
+    memory, place = torch.zeros(2 * CHUNK + 10), kernels.Place(lasting=True)
     assert place([memory[:CHUNK], memory[CHUNK:], torch.zeros(0), torch.zeros(0)])
     assert place([memory[: CHUNK + 1], memory[CHUNK:]]) is None
     assert place([memory, torch.ones(3), memory]) is None
     assert place([memory[:CHUNK], memory[CHUNK:-10]])
     assert place([memory[:CHUNK], memory[10:][:CHUNK]]) is None  # of the same sizes as before
-    assert kernels.Place(apart=False)([memory, torch.ones(3), memory])
+    assert kernels.Place(lasting=False)([memory, torch.ones(3), memory])
     halves = [memory[:CHUNK].requires_grad_(), memory[:CHUNK].requires_grad_()]
     for p in halves:
         p.grad = torch.ones(CHUNK)
     optimizer = ClippedSGD(halves, 1.0, max_norm=math.inf)
     assert not taken(optimizer)
     assert memory[:CHUNK].eq(-2.0).all()
+
+
+class Meddling:
+    """A threshold policy that changes tensors when a norm is large."""
+
+    def __init__(self, meddle):
+        self.meddle, self.optimizer, self.others = meddle, None, []
+
+    def __call__(self, norm):
+        if norm > 1e3:
+            self.meddle(self.optimizer)
+            # Takes the place of memory that was given back.
+            self.others = [torch.full((4096,), 7.0) for _ in range(8)]
+        return torch.tensor(math.inf)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def replace_parameter(optimizer):
+    [x] = optimizer.param_groups[0]["params"]
+    x.data = torch.ones(4096)
+
+
+def replace_gradient(optimizer):
+    [x] = optimizer.param_groups[0]["params"]
+    x.grad.data = torch.ones(4096)
+
+
+def load_early_state(optimizer):
+    state = copy.deepcopy(optimizer.state_dict())
+    for of_one in state["state"].values():
+        of_one["momentum_buffer"].fill_(0.5)
+    optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "meddle",
+    [lambda o: o.state.clear(), replace_parameter, replace_gradient, load_early_state],
+    ids=["clear", "replace", "gradient", "load"],
+)
+def test_a_policy_that_changes_tensors_changes_the_step(meddle, momentum):
+    def steps():
+        policy = Meddling(meddle)
+        x = torch.zeros(4096, requires_grad=True)
+        policy.optimizer = ClippedSGD([x], 1.0, max_norm=policy, momentum=momentum)
+        for size in (1.0, 2.0, 100.0, 3.0):
+            x.grad = torch.full((4096,), size)
+            policy.optimizer.step()
+            assert {value for other in policy.others for value in other.tolist()} <= {7.0}
+        return x.detach()
+
+    ours = steps()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("norms", "optim"):
+            patch.setattr(f"gradclip.{module}.compiled", lambda: None)
+        assert torch.equal(ours, steps())
+
+
+def test_a_policy_that_puts_what_the_kernels_cannot_take_is_asked_once():
+    asked = []
+    x = torch.zeros(4096, requires_grad=True)
+    x.grad = torch.full((4096,), 100.0)
+    policy = Meddling(lambda o: asked.append(setattr(x, "data", torch.zeros(8192)[::2])))
+    policy.optimizer = ClippedSGD([x], 1.0, max_norm=policy, momentum=0.9)
+    policy.optimizer.step()
+    assert len(asked) == 1
+    assert x.eq(-100.0).all()
+    assert policy.optimizer.last_norm == 6400.0
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_momentum_of_another_shape_is_refused():
+    x = torch.ones(2, 3, requires_grad=True)
+    x.grad = torch.ones(2, 3)
+    optimizer = ClippedSGD([x], 1.0, max_norm=math.inf, momentum=0.9, nesterov=True, weight_decay=0.1)
+    optimizer.step()
+    optimizer.state[x]["momentum_buffer"] = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        optimizer.step()
 
 
 @pytest.mark.usefixtures("both_ways")

@@ -8,6 +8,7 @@ starting threads costs more than the arithmetic.
 
 import ctypes
 import math
+import operator
 import os
 from array import array
 from collections.abc import Callable
@@ -22,11 +23,6 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is not public
-    TensorGuards = None
-
 if numba.config.DISABLE_JIT:
     raise ImportError("numba is told not to compile, by NUMBA_DISABLE_JIT")
 
@@ -40,10 +36,11 @@ _group = torch._C._group_tensors_by_device_and_dtype
 
 
 class Memory(NamedTuple):
-    """Where tensors lie that the kernels can take: the number of elements and the address of each."""
+    """Where tensors lie that the kernels can take: number of elements, address and shape of each."""
 
     sizes: array
     addresses: array
+    shapes: list[torch.Size]
     total: int
 
 
@@ -54,7 +51,7 @@ def memory(tensors: list[Tensor]) -> Memory | None:
     look at on the way is looked at here. (``is_neg`` is for views whose numbers still wait to be negated.)
     """
     if not tensors:
-        return Memory(array("q"), array("q"), 0)
+        return Memory(array("q"), array("q"), [], 0)
     try:
         if not (
             set(map(type, tensors)) <= {Tensor, torch.nn.Parameter}
@@ -62,62 +59,83 @@ def memory(tensors: list[Tensor]) -> Memory | None:
             and _group([tensors], False).keys() == _KIND
             and all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
+            and not any(tensor.is_nested for tensor in tensors)
         ):
             return None
-        addresses = array("q", list(map(Tensor.data_ptr, tensors)))
+        addresses = list(map(Tensor.data_ptr, tensors))
     except RuntimeError:  # a tensor of another layout than strided has no address, or cannot be contiguous
         return None
-    sizes = array("q", list(map(Tensor.numel, tensors)))
-    found = Memory(sizes, addresses, sum(sizes))
-    return None if _is_lost(found) else found
+    if _is_lost(tensors, addresses):
+        return None
+    sizes = list(map(Tensor.numel, tensors))
+    return Memory(array("q", sizes), array("q", addresses), [t.shape for t in tensors], sum(sizes))
 
 
 class Place:
     """:func:`memory` of a list of tensors that are mostly like those of the call before, as in an optimizer.
 
     Whether they are (in type, dtype, device, sizes and strides, and no tensor twice) one call of torch tells,
-    by which ``torch.compile`` guards its graphs; then only the addresses are left to look at. With ``apart``
-    None also for tensors that share memory, whose updates would have to be made one after the other.
+    by which ``torch.compile`` guards its graphs; then only the addresses are left to look at. That call ends
+    the process if it meets a nested tensor. Gradients are none, because torch gives a parameter no nested
+    gradient unless it is nested itself.
+
+    Args:
+        lasting: For parameters and momenta, which are the same objects in each step, and are kept alive here.
+            Others are looked at anew, and none that share memory are taken, because their updates would have
+            to be made one after the other.
     """
 
-    def __init__(self, *, apart: bool) -> None:
-        self._apart, self._memory, self._addresses, self._are_like_before = apart, None, [], _never
+    def __init__(self, *, lasting: bool) -> None:
+        self._lasting, self._tensors, self._memory, self._addresses = lasting, [], None, []
+        self._are_like_before = _never
 
     def __call__(self, tensors: list[Tensor]) -> Memory | None:
         """Where these tensors lie."""
         before, self._memory = self._memory, None
-        if before and len(self._addresses) == len(tensors) and self._are_like_before(*tensors):
+        if (
+            before
+            and len(self._addresses) == len(tensors)
+            and (not self._lasting or all(map(operator.is_, tensors, self._tensors)))
+            and self._are_like_before(*tensors)
+        ):
             addresses = list(map(Tensor.data_ptr, tensors))
             if addresses == self._addresses:
                 self._memory = before
                 return before
-            self._addresses, found = addresses, before._replace(addresses=array("q", addresses))
-            if _is_lost(found):
+            if _is_lost(tensors, addresses):
                 return None
+            self._addresses, found = addresses, before._replace(addresses=array("q", addresses))
         else:
             found = memory(tensors)
             if found:
                 self._are_like_before, self._addresses = _guard(tensors), found.addresses.tolist()
-        if found and not (self._apart and _overlap(found)):
+                self._tensors = list(tensors) if self._lasting else []
+        if found and not (self._lasting and _overlap(found)):
             self._memory = found
         return self._memory
 
 
 def _guard(tensors: list[Tensor]) -> Callable[..., bool]:
     """A function that tells whether tensors, as many as these, are like them."""
-    if TensorGuards is None:
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (ImportError, TypeError):  # it is not public
         return _never
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _never(*tensors: Tensor) -> bool:
     return False
 
 
-def _is_lost(tensors: Memory) -> bool:
-    """Whether memory was given back, as sharding does between steps."""
-    sizes, addresses, _ = tensors
-    return 0 in addresses and any(size and not at for size, at in zip(sizes, addresses, strict=True))
+def _is_lost(tensors: list[Tensor], addresses: list[int]) -> bool:
+    """Whether memory was given back, as sharding does between steps: it then begins at address 0."""
+    # Only what lies so low is asked where in its memory it begins.
+    return min(addresses) < 2**40 and any(
+        tensor.numel() and address == tensor.element_size() * tensor.storage_offset()
+        for tensor, address in zip(tensors, addresses, strict=True)
+    )
 
 
 def _overlap(tensors: Memory) -> bool:

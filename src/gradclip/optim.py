@@ -479,16 +479,27 @@ class ClippedSGD(_Clipping):
             sets, factor = _clip_parts(sets, norm, options)
             scale = 1.0
         for group, params, grads, alike in sets:
-            if not (group["momentum"] and group["dampening"]):
-                _each_kind(_sgd, params, grads, self._buffers(group, params), scale, group, alike)
-                continue
-            # torch does not dampen what a momentum begins with, and begins each one when it is needed.
-            begun = [self.state[p].get("momentum_buffer") is not None for p in params]
-            for state, options in ((True, group), (False, {**group, "dampening": 0.0})):
-                chosen = [i for i, has in enumerate(begun) if has == state]
-                own, theirs = ([tensors[i] for i in chosen] for tensors in (params, grads))
-                _each_kind(_sgd, own, theirs, self._momenta(own), scale, options, alike)
+            self._move(group, params, grads, scale, alike)
         return factor
+
+    def _move(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        scale: float | Tensor,
+        alike: bool,
+    ) -> None:
+        """Take the step of a group along its gradient, which ``scale`` multiplies."""
+        if not (group["momentum"] and group["dampening"]):
+            _each_kind(_sgd, params, grads, self._buffers(group, params), scale, group, alike)
+            return
+        # torch does not dampen what a momentum begins with, and begins each one when it is needed.
+        begun = [self.state[p].get("momentum_buffer") is not None for p in params]
+        for state, options in ((True, group), (False, {**group, "dampening": 0.0})):
+            chosen = [i for i, has in enumerate(begun) if has == state]
+            own, theirs = ([tensors[i] for i in chosen] for tensors in (params, grads))
+            _each_kind(_sgd, own, theirs, self._momenta(own), scale, options, alike)
 
     def _step_at_once(self) -> bool:
         options = self.param_groups[0]
@@ -498,47 +509,46 @@ class ClippedSGD(_Clipping):
         if kernels is None:
             return False
         while len(self._places) < len(self.param_groups):
-            self._places.append([kernels.Place(apart=apart) for apart in (True, False, True)])
+            self._places.append([kernels.Place(lasting=lasting) for lasting in (True, False, True)])
         work, squares = [], 0.0
-        for group, (of_params, of_grads, _) in zip(self.param_groups, self._places, strict=False):
+        for group, places in zip(self.param_groups, self._places, strict=False):
             params = group["params"]
             grads = [p.grad for p in params]
             if type(None) in set(map(type, grads)):
                 params = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in params]
-            theirs = of_grads(grads)
-            own = theirs and of_params(params)
-            if not own or own.sizes != theirs.sizes or (group["momentum"] and group["dampening"]):
+            own, theirs = memory = _memory(params, grads, places)
+            if not own or (group["momentum"] and group["dampening"]):
                 return False
             squares += kernels.sum_of_squares(theirs)
-            work.append((group, params, grads, own, theirs))
+            work.append((group, params, grads, memory))
         norm = math.sqrt(squares)
         if norm > _LARGEST:
             norm = math.inf
         if options["nonfinite"] != "propagate" and not math.isfinite(norm):
             return False
-        moving = []
-        for (group, params, _, own, _), (*_, of_momenta) in zip(work, self._places, strict=False):
-            momenta = None
-            if group["momentum"]:
-                momenta = of_momenta(self._momenta(params))
-                if not momenta or momenta.sizes != own.sizes:
-                    return False
-            moving.append(momenta)
         if not any(params for _, params, *_ in work):
             return False
 
-        max_norm = options["max_norm"]
-        if callable(max_norm):
+        max_norm, policy = options["max_norm"], callable(options["max_norm"])
+        if policy:
             max_norm = max_norm(torch.scalar_tensor(norm, dtype=torch.float32, device="cpu"))
         factor = _factor_of(norm, max_norm, options["rule"], torch.float32)
-        for (group, params, _, own, theirs), momenta in zip(work, moving, strict=True):
+        for (group, params, grads, memory), places in zip(work, self._places, strict=False):
+            # A policy may have replaced tensors or their memory: it can load an earlier state, for example.
+            own, theirs = _memory(params, grads, places) if policy else memory
+            momenta = self._buffers(group, params)
+            moving = places[-1](momenta) if momenta else None
+            if not own or (momenta and not (moving and moving.shapes == own.shapes)):
+                with torch.no_grad():
+                    self._move(group, params, grads, factor, alike=False)
+                continue
             lr, decay = float(group["lr"]), group["weight_decay"]
             apart = decay and group["decoupled_weight_decay"]
             kernels.sgd_(
                 own,
                 theirs,
-                momenta,
+                moving,
                 scale=-factor if group["maximize"] else factor,
                 lr=lr,
                 momentum=group["momentum"],
@@ -817,6 +827,15 @@ class PolyakClippedSGD(_Clipping):
         return size
 
 
+def _memory(params: list[Tensor], grads: list[Tensor], places: list) -> tuple:
+    """Where parameters and gradients lie; None twice if the kernels cannot take them."""
+    of_params, of_grads, _ = places
+    # Parameters first: if they are no nested tensors, the gradients are none.
+    own = of_params(params)
+    theirs = own and of_grads(grads)
+    return (own, theirs) if theirs and own.shapes == theirs.shapes else (None, None)
+
+
 def _factor(norm: Tensor, max_norm: float | Tensor, rule: str) -> float | Tensor:
     """The clip factor as a number where reading one costs nothing, and as a tensor elsewhere."""
     if not on_host(norm):
@@ -970,9 +989,9 @@ def _fused_sgd(
     tensors = (*params, *grads, *momenta)
     if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
         return False
-    # The kernel would read and write beyond the end of what is too small.
+    # The kernel looks at no shape, and would read and write beyond the end of what is too small.
     if any(
-        len(set(map(Tensor.numel, own))) > 1
+        len({tensor.shape for tensor in own}) > 1
         for own in zip(*filter(None, (params, grads, momenta)), strict=True)
     ):
         return False
