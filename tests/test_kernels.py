@@ -504,6 +504,22 @@ def test_a_policy_that_puts_what_the_kernels_cannot_take_is_asked_once():
 
 
 @pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("max_norm", [0.3, math.inf])
+def test_a_momentum_of_another_dtype_is_added_to(max_norm):
+    x = torch.ones(2, 3, requires_grad=True)
+    x.grad = torch.ones(2, 3)
+    optimizer = ClippedSGD([x], 1.0, max_norm=max_norm, momentum=0.5)
+    optimizer.step()
+    before, momentum = x.detach().double(), optimizer.state[x]["momentum_buffer"].clone()
+    x.data = before.clone()
+    x.grad = torch.ones(2, 3, dtype=torch.float64)
+    optimizer.step()
+    expected = before - 0.5 * momentum - optimizer.last_factor
+    # The momentum is still float32.
+    torch.testing.assert_close(x.detach(), expected, rtol=0, atol=4 * 2**-24)
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_a_momentum_of_another_shape_is_refused():
     x = torch.ones(2, 3, requires_grad=True)
     x.grad = torch.ones(2, 3)

@@ -989,9 +989,9 @@ def _fused_sgd(
     tensors = (*params, *grads, *momenta)
     if not all(map(Tensor.is_contiguous, tensors)) or any(map(Tensor.is_neg, tensors)):
         return False
-    # The kernel looks at no shape, and would read and write beyond the end of what is too small.
+    # The kernel wants one dtype, looks at no shape, and would go beyond the end of what is too small.
     if any(
-        len({tensor.shape for tensor in own}) > 1
+        len({(tensor.shape, tensor.dtype) for tensor in own}) > 1
         for own in zip(*filter(None, (params, grads, momenta)), strict=True)
     ):
         return False
