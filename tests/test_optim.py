@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 import math
 import pickle
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
 
 from gradclip.norms import clip_grad_, total_norm
 from gradclip.optim import ClippedSGD, MixedClippedSGD, ParameterAgnosticLR, PolyakClippedSGD
@@ -481,6 +484,80 @@ def test_hooks_change_what_is_loaded_and_checked():
     optimizer.register_load_state_dict_pre_hook(lambda _, state: changed(state, lr=-1.0))
     with pytest.raises(ValueError, match=r"lr must be finite and at least 0, got -1\.0"):
         optimizer.load_state_dict(state)
+
+
+class Counting(ClippedSGD):
+    """With a step of its own."""
+
+    def step(self, closure=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().step(closure)
+
+
+class Renamed(ClippedSGD):
+    """With a step that passes for the one it calls."""
+
+    step = functools.wraps(ClippedSGD.step)(lambda self, closure=None: ClippedSGD.step(self, closure))
+
+
+def observed(kind):
+    """An optimizer of this kind that can take a step."""
+    parameters = make_parameters([(3,)], dtype=torch.float32)
+    set_gradients(parameters, 1)
+    if kind is PolyakClippedSGD:
+        return kind(parameters)
+    return kind(
+        parameters, lr=0.1, max_norm=1.0, **({"momentum": 0.9, "mix": 0.5} if kind is MixedClippedSGD else {})
+    )
+
+
+@pytest.mark.parametrize("kind", [ClippedSGD, MixedClippedSGD, PolyakClippedSGD, Counting, Renamed])
+def test_each_hook_is_called_once_a_step(kind):
+    optimizer, called = observed(kind), []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *_: called.append("before")),
+        optimizer.register_step_post_hook(lambda *_: called.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: called.append("before any")),
+        register_optimizer_step_post_hook(lambda *_: called.append("after any")),
+    ]
+    try:
+        optimizer.step(lambda: called.append("closure") or torch.tensor(1.0))
+        assert called == ["before any", "before", "closure", "after", "after any"]
+        for hook, name in zip(hooks, ["before", "after", "before any", "after any"], strict=True):
+            called.clear()
+            optimizer.step(lambda: torch.tensor(1.0))
+            assert name in called
+            hook.remove()
+        called.clear()
+        optimizer.step(lambda: torch.tensor(1.0))
+        assert not called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_hook_changes_what_a_step_is_given():
+    optimizer = observed(ClippedSGD)
+    optimizer.register_step_pre_hook(lambda *_: ((optimizer, lambda: "another"), {}))
+    assert optimizer.step(lambda: "one") == "another"
+
+
+@pytest.mark.parametrize("kind", [ClippedSGD, MixedClippedSGD, PolyakClippedSGD, Counting, Renamed])
+def test_a_profiler_sees_each_step_once(kind):
+    optimizer = observed(kind)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        optimizer.step(lambda: torch.tensor(1.0))
+    names = [event.key for event in profiler.key_averages() for _ in range(event.count)]
+    assert names.count(f"Optimizer.step#{kind.__name__}.step") == 1
+
+
+def test_nothing_is_wrapped_around_a_step_that_nobody_observes(monkeypatch):
+    optimizer = observed(ClippedSGD)
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", None)
+    optimizer.step()
+    optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(TypeError):
+        optimizer.step()
 
 
 def test_distributed_checkpoint_round_trip(mesh):
