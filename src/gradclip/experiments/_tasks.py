@@ -31,6 +31,7 @@ EVALUATION_BATCH = 10  # streams of validation text
 _EVALUATION_BPTT = 35
 _EVALUATION_IMAGES = 500  # at a time
 _EVALUATION_CHARACTERS = 20_000  # a standard error of 1 % of the loss
+_EVALUATION_STREAMS = 20  # of characters
 
 State = Any  # what a batch leaves for the next one: the LSTM's hidden state, or None
 
@@ -208,9 +209,12 @@ class Characters:
         return text.segments(text.batchify(self.text.train.to(self.device), self.batch), self.context)
 
     @functools.cached_property
-    def _valid(self) -> list[tuple[Tensor, Tensor]]:
+    def _fixed(self) -> tuple[Tensor, Tensor]:
+        return self._valid(self.batch)[0]
+
+    def _valid(self, streams: int) -> list[tuple[Tensor, Tensor]]:
         some = self.text.valid[:_EVALUATION_CHARACTERS].to(self.device)
-        return text.segments(text.batchify(some, self.batch), self.context)
+        return text.segments(text.batchify(some, streams), self.context)
 
     def model(self, seed: int) -> CharacterModel:
         """See :class:`Task`."""
@@ -233,12 +237,12 @@ class Characters:
 
     def fixed(self, model: CharacterModel) -> Tensor:
         """The first segment of the validation text."""
-        return model.loss(*self._valid[0])
+        return model.loss(*self._fixed)
 
     @torch.no_grad()
     def evaluate(self, model: CharacterModel) -> dict[str, float]:
         """Mean loss over the first 20,000 characters of the validation text, segment by segment."""
-        losses = [model.loss(*segment).item() for segment in self._valid]
+        losses = [model.loss(*segment).item() for segment in self._valid(_EVALUATION_STREAMS)]
         return {"valid": sum(losses) / len(losses)}
 
 
