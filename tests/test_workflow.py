@@ -1,4 +1,7 @@
-"""The build graph: what an edit makes Snakemake run again, told by its dry runs on a copy of the project."""
+"""The build graph: what an edit makes Snakemake run again, told by its dry runs on a copy of the project.
+
+And what ``make test`` leaves out because the build has run it.
+"""
 
 import json
 import os
@@ -126,3 +129,28 @@ def test_an_unknown_parameter_stops_the_build_before_anything_is_planned(project
     code, text = snakemake(project, "--dry-run")
     assert code != 0
     assert "unknown parameter profil" in text
+
+
+def test_only_cited_tests_that_passed_are_left_out(tmp_path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', [1, 2])\n"
+        "def test_good(x): pass\n"
+        "def test_good_or_not(): pass\n"
+        "def test_bad(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "checks.json").write_text(
+        '{"test_some.py::test_good": true, "test_some.py::test_bad": false}'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-n", "2", "--checked=checks.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = [line.split("::")[1] for line in done.stdout.splitlines() if "PASSED" in line]
+    assert sorted(run) == ["test_bad ", "test_good_or_not "]
