@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._C._profiler import _ExperimentalConfig
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -486,34 +487,59 @@ def test_hooks_change_what_is_loaded_and_checked():
         optimizer.load_state_dict(state)
 
 
-class Counting(ClippedSGD):
-    """With a step of its own."""
-
-    def step(self, closure=None):
-        self.steps = getattr(self, "steps", 0) + 1
-        return super().step(closure)
+def itself(base):
+    return base
 
 
-class Renamed(ClippedSGD):
-    """With a step that passes for the one it calls."""
+def calling(base):
+    """A subclass whose step calls that of the base."""
 
-    step = functools.wraps(ClippedSGD.step)(lambda self, closure=None: ClippedSGD.step(self, closure))
+    class Calling(base):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    return Calling
 
 
-def observed(kind):
+def copying(base):
+    """A subclass whose step is taken for that of the base, and calls it twice."""
+
+    class Copying(base):
+        @functools.wraps(base.step)
+        def step(self, closure=None):
+            super().step(closure)
+            return super().step(closure)
+
+    return Copying
+
+
+def replacing(base):
+    """A subclass with a step of its own, and another argument."""
+
+    class Replacing(base):
+        def step(self, closure=None, *, scale=1):
+            return scale
+
+    return Replacing
+
+
+def observed(kind, **options):
     """An optimizer of this kind that can take a step."""
     parameters = make_parameters([(3,)], dtype=torch.float32)
     set_gradients(parameters, 1)
-    if kind is PolyakClippedSGD:
-        return kind(parameters)
-    return kind(
-        parameters, lr=0.1, max_norm=1.0, **({"momentum": 0.9, "mix": 0.5} if kind is MixedClippedSGD else {})
-    )
+    return kind(parameters, **options)
 
 
-@pytest.mark.parametrize("kind", [ClippedSGD, MixedClippedSGD, PolyakClippedSGD, Counting, Renamed])
+OPTIONS = {
+    ClippedSGD: {"lr": 0.1, "max_norm": 1.0},
+    MixedClippedSGD: {"lr": 0.1, "max_norm": 1.0, "momentum": 0.9, "mix": 0.5},
+    PolyakClippedSGD: {},
+}
+
+
+@pytest.mark.parametrize("kind", list(OPTIONS))
 def test_each_hook_is_called_once_a_step(kind):
-    optimizer, called = observed(kind), []
+    optimizer, called = observed(kind, **OPTIONS[kind]), []
     hooks = [
         optimizer.register_step_pre_hook(lambda *_: called.append("before")),
         optimizer.register_step_post_hook(lambda *_: called.append("after")),
@@ -523,36 +549,71 @@ def test_each_hook_is_called_once_a_step(kind):
     try:
         optimizer.step(lambda: called.append("closure") or torch.tensor(1.0))
         assert called == ["before any", "before", "closure", "after", "after any"]
-        for hook, name in zip(hooks, ["before", "after", "before any", "after any"], strict=True):
-            called.clear()
-            optimizer.step(lambda: torch.tensor(1.0))
-            assert name in called
-            hook.remove()
-        called.clear()
-        optimizer.step(lambda: torch.tensor(1.0))
-        assert not called
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def observations(way, base, options):
+    """What hooks and profilers see of an optimizer, one after the other."""
+    observed(base, **options)  # torch wraps the step of a class when the first optimizer is made
+    optimizer, seen = observed(way(base), **options), []
+    for register in (
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ):
+        name = register.__name__
+        hook = register(lambda _, args, kwargs, name=name: seen.append((name, len(args), dict(kwargs))))
+        optimizer.step()
+        if way is replacing:
+            optimizer.step(scale=3)
+        hook.remove()
+        seen.append("removed")
+        optimizer.step()
+    # A hook that comes while a step is taken.
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *_: seen.append("late")) and None)
+    for everywhere in (False, True):
+        config = _ExperimentalConfig(profile_all_threads=everywhere)
+        with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as profiler:
+            optimizer.step()
+        names = {event.key: event.count for event in profiler.key_averages() if "Optimizer" in event.key}
+        seen.append({name.replace(base.__name__, "base"): count for name, count in names.items()})
+    return seen
+
+
+@pytest.mark.parametrize("way", [itself, calling, copying, replacing])
+def test_hooks_and_profilers_see_what_they_see_of_torch_s_own_optimizer(way):
+    ours = observations(way, ClippedSGD, OPTIONS[ClippedSGD])
+    assert ours == observations(way, torch.optim.SGD, {"lr": 0.1})
+    assert {type(event) for event in ours} == {tuple, str, dict}
+
+
 def test_a_hook_changes_what_a_step_is_given():
-    optimizer = observed(ClippedSGD)
+    optimizer = observed(ClippedSGD, **OPTIONS[ClippedSGD])
     optimizer.register_step_pre_hook(lambda *_: ((optimizer, lambda: "another"), {}))
-    assert optimizer.step(lambda: "one") == "another"
+    assert optimizer.step() == "another"
 
 
-@pytest.mark.parametrize("kind", [ClippedSGD, MixedClippedSGD, PolyakClippedSGD, Counting, Renamed])
-def test_a_profiler_sees_each_step_once(kind):
-    optimizer = observed(kind)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        optimizer.step(lambda: torch.tensor(1.0))
-    names = [event.key for event in profiler.key_averages() for _ in range(event.count)]
-    assert names.count(f"Optimizer.step#{kind.__name__}.step") == 1
+def test_a_hook_that_comes_after_a_step_was_compiled_is_called():
+    optimizer, called = observed(ClippedSGD, **OPTIONS[ClippedSGD]), []
+    torch._dynamo.reset()
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    step()
+    hook = optimizer.register_step_post_hook(lambda *_: called.append("one"))
+    step()
+    hook.remove()
+    everywhere = register_optimizer_step_pre_hook(lambda *_: called.append("all"))
+    try:
+        step()
+    finally:
+        everywhere.remove()
+    assert called == ["one", "all"]
 
 
 def test_nothing_is_wrapped_around_a_step_that_nobody_observes(monkeypatch):
-    optimizer = observed(ClippedSGD)
+    optimizer = observed(ClippedSGD, **OPTIONS[ClippedSGD])
     monkeypatch.setattr(torch.autograd.profiler, "record_function", None)
     optimizer.step()
     optimizer.register_step_post_hook(lambda *_: None)
